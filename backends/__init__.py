@@ -1,0 +1,1 @@
+"""Ask that one: one call in, a stream of chunks out."""

@@ -1,0 +1,118 @@
+"""What is a backend? One call in, a stream of chunks out, or one of five faults.
+
+Everything that talks to a model server implements `Backend`. A backend knows nothing of tiers, tenants,
+thresholds or money. Rules a reader must not break:
+
+* `open()` is an async context manager. Leaving its block, for whatever reason, aborts the upstream request at once:
+  a GPU must never work for a client that has gone.
+* Nothing but a `BackendFault` is raised for what a server or a network does.
+* A whole answer is a stream of one chunk. A streamed answer yields complete server-sent events, never parts of one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import AbstractAsyncContextManager
+from typing import Literal, Protocol
+
+import msgspec
+
+Endpoint = Literal["chat/completions", "completions"]
+Phase = Literal["connect", "first_token", "between_tokens", "total"]
+
+
+class Timeouts(msgspec.Struct, frozen=True, kw_only=True):
+    """How long each phase of a call may take, in seconds. None of them is infinite."""
+
+    connect_s: float = 2.0
+    first_token_s: float = 60.0
+    between_tokens_s: float = 30.0
+    total_s: float = 600.0
+
+
+class Call(msgspec.Struct, frozen=True, kw_only=True):
+    """One call to one backend.
+
+    `body` is the complete JSON for the server, `stream` says whether it asks for server-sent events, and `headers`
+    are the few that travel along (`traceparent`, `x-request-id`).
+    """
+
+    endpoint: Endpoint
+    body: bytes
+    stream: bool
+    headers: tuple[tuple[str, str], ...] = ()
+
+
+class AnswerStream(Protocol):
+    """An answer on its way: whole, one chunk of JSON; streamed, chunks of complete server-sent events."""
+
+    def __aiter__(self) -> AsyncIterator[bytes]: ...
+
+
+class Backend(Protocol):
+    """One server that answers calls."""
+
+    def open(self, call: Call) -> AbstractAsyncContextManager[AnswerStream]:
+        """Send `call`; entering waits for the response head.
+
+        Raises `BackendFault` on entering or while iterating.
+        """
+        ...
+
+    async def probe(self) -> None:
+        """Return if the server can answer now; raise `BackendFault` if it cannot. Costs no tokens."""
+        ...
+
+
+class BackendFault(Exception):
+    """How a call can fail. The message is for the operator's log, never for a client.
+
+    BackendFault
+    ├── Unreachable    no connection, or it broke before the head of an answer
+    ├── TimedOut       a phase took longer than its limit
+    ├── Overloaded     the server has no room now (429, 503)
+    ├── Broken         it answered, but not with an answer (5xx, HTML, a cut stream, bad credentials of ours)
+    └── Rejected       it refused the request itself (4xx); the client may see why
+    """
+
+
+class Unreachable(BackendFault):
+    """No connection to the server, or it broke before any byte of an answer."""
+
+
+class TimedOut(BackendFault):
+    """A phase of the call took longer than its limit."""
+
+    def __init__(self, phase: Phase, limit_s: float) -> None:
+        super().__init__(f"{phase} took longer than {limit_s:g} s")
+        self.phase: Phase = phase
+
+
+class Overloaded(BackendFault):
+    """The server has no room now; `retry_after_s` is what it advised, None if nothing."""
+
+    def __init__(self, message: str, retry_after_s: float | None = None) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
+
+
+class Broken(BackendFault):
+    """The server answered with something that is not an answer, or broke off in the middle of one."""
+
+
+class Rejected(BackendFault):
+    """The server refused the request itself.
+
+    `status` is 4xx; `message`, `code` and `param` are the server's own and may be shown to the client.
+    `too_long` is true when the prompt does not fit the model's context window: a larger model may still take it.
+    """
+
+    def __init__(
+        self, status: int, message: str, *, code: str | None = None, param: str | None = None, too_long: bool = False
+    ) -> None:
+        super().__init__(f"{status}: {message}")
+        self.status = status
+        self.message = message
+        self.code = code
+        self.param = param
+        self.too_long = too_long
