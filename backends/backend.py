@@ -44,9 +44,9 @@ class Call(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class AnswerStream(Protocol):
-    """An answer on its way: whole, one chunk of JSON; streamed, chunks of complete server-sent events."""
+    """An answer on its way: whole, one chunk of JSON; streamed, complete server-sent events, as they came together."""
 
-    def __aiter__(self) -> AsyncIterator[bytes]: ...
+    def __aiter__(self) -> AsyncIterator[list[bytes]]: ...
 
 
 class Backend(Protocol):
@@ -64,7 +64,7 @@ class Backend(Protocol):
         ...
 
 
-class BackendFault(Exception):
+class BackendFault(Exception):  # noqa: N818 - "fault" is this design's word for it
     """How a call can fail. The message is for the operator's log, never for a client.
 
     BackendFault

@@ -25,6 +25,11 @@ class ChoiceSignals(msgspec.Struct):
     reasoning_pieces: int = 0
     finished: bool = False
 
+    @property
+    def answer_tokens(self) -> int:
+        """How many answer tokens have come, as far as can be told."""
+        return max(self.scored_tokens, self.pieces)
+
     def add(self, logprob: float) -> None:
         """Count one answer token. A log-probability above 0 is a server's rounding and counts as 0."""
         self.scored_tokens += 1
@@ -43,7 +48,7 @@ class Estimator(Protocol):
         ...
 
 
-class MeanLogprob(msgspec.Struct, frozen=True, tag="mean_logprob"):
+class MeanLogprob(msgspec.Struct, frozen=True, tag_field="kind", tag="mean_logprob"):
     """exp of the mean token log-probability: the geometric mean of the token probabilities. Raw, not calibrated."""
 
     def score(self, signals: Signals) -> float | None:

@@ -18,30 +18,63 @@ Duration = Annotated[float, Meta(gt=0, extra={"unit": "duration"})]
 Size = Annotated[int, Meta(gt=0, extra={"unit": "size"})]
 UsdPerMillion = Annotated[int, Meta(ge=0, extra={"unit": "usd_per_million"})]
 Share = Annotated[float, Meta(ge=0, le=1)]
-Name = Annotated[str, Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9._:/@-]{0,127}$")]
-Sha256 = Annotated[str, Meta(pattern=r"^[0-9a-f]{64}$")]
+# `words` say in a message, and in the reference, what the pattern says to a machine.
+Name = Annotated[
+    str,
+    Meta(
+        pattern=r"^[A-Za-z0-9][A-Za-z0-9._:/@-]{0,127}$",
+        extra={"words": "a name (at most 128 letters, digits and `._:/@-`, a letter or digit first)"},
+    ),
+]
+ModelId = Annotated[str, Meta(min_length=1)]
+Sha256 = Annotated[
+    str,
+    Meta(
+        pattern=r"^[0-9a-f]{64}$",
+        extra={"words": "a SHA-256 digest (64 lower-case hexadecimal digits; `tierway keygen` prints one)"},
+    ),
+]
+Url = Annotated[
+    str,
+    Meta(
+        pattern=r"^https?://[^\s?#@]+$",
+        extra={"words": "an address such as `http://127.0.0.1:8000` (no user, password, query or fragment)"},
+    ),
+]
+Variable = Annotated[
+    str, Meta(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$", extra={"words": "the name of an environment variable"})
+]
+Origin = Annotated[
+    str,
+    Meta(
+        pattern=r"^(\*|[a-z][a-z0-9+.-]*://[^/\s]+)$",
+        extra={"words": "`*` or an origin such as `https://chat.example.com` (no path, no slash at its end)"},
+    ),
+]
 
 
 class Noun(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """The settings all nouns share: frozen, by name, nothing unknown."""
 
 
-class SecretFromEnv(Noun, tag_field="from", tag="env"):
+class SecretFromEnv(Noun, tag_field="from", tag="env", frozen=True, kw_only=True):
     """A secret in an environment variable."""
 
-    name: Annotated[str, Meta(description="Name of the environment variable.")]
+    name: Annotated[Variable, Meta(description="Name of the environment variable.")]
 
 
-class SecretFromFile(Noun, tag_field="from", tag="file"):
+class SecretFromFile(Noun, tag_field="from", tag="file", frozen=True, kw_only=True):
     """A secret in a file, surrounding white space removed."""
 
-    path: Annotated[str, Meta(description="Path of the file.")]
+    path: Annotated[
+        str, Meta(min_length=1, description="Path of the file, from the folder of `gateway.yaml` if relative.")
+    ]
 
 
 SecretRef = SecretFromEnv | SecretFromFile
 
 
-class Server(Noun):
+class Server(Noun, frozen=True, kw_only=True):
     """Where tierway listens and what it accepts."""
 
     host: Annotated[str, Meta(description="Address to listen on.")] = "127.0.0.1"
@@ -54,11 +87,11 @@ class Server(Noun):
         int, Meta(ge=0, description="How many past Decisions each worker keeps for `GET /v1/requests/{exchange_id}`.")
     ] = 10_000
     cors_origins: Annotated[
-        tuple[str, ...], Meta(description="Web origins whose pages may call; `*` allows any. Empty: CORS is off.")
+        tuple[Origin, ...], Meta(description="Web origins whose pages may call; `*` allows any. Empty: CORS is off.")
     ] = ()
 
 
-class TimeoutSettings(Noun):
+class TimeoutSettings(Noun, frozen=True, kw_only=True):
     """How long each phase of a call may take. None of them can be infinite."""
 
     connect: Annotated[Duration, Meta(description="To open a connection.")] = 2.0
@@ -67,40 +100,38 @@ class TimeoutSettings(Noun):
     total: Annotated[Duration, Meta(description="For the whole call.")] = 600.0
 
 
-class VllmBackend(Noun, tag_field="kind", tag="vllm"):
+class VllmBackend(Noun, tag_field="kind", tag="vllm", frozen=True, kw_only=True):
     """A vLLM server, or any other that speaks the OpenAI API."""
 
-    url: Annotated[
-        str,
-        Meta(pattern=r"^https?://[^\s?#]+$", description="Base address, with or without `/v1` at its end."),
-    ]
-    model: Annotated[str, Meta(min_length=1, description="The model id that the server knows.")]
+    url: Annotated[Url, Meta(description="Base address, with or without `/v1` at its end.")]
+    model: Annotated[ModelId, Meta(description="The model id that the server knows.")]
     api_key: Annotated[SecretRef | None, Meta(description="Reference to the server's API key, if it wants one.")] = None
     timeouts: Annotated[TimeoutSettings, Meta(description="Limits of each phase of a call.")] = TimeoutSettings()
 
 
-class LocalBackend(Noun, tag_field="kind", tag="local"):
+class LocalBackend(Noun, tag_field="kind", tag="local", frozen=True, kw_only=True):
     """A model on this machine: a supervised child process of llama.cpp's server."""
 
     weights: Annotated[
         str,
-        Meta(min_length=1, description="`small`, `medium` or `large` of `tierway models`, or the path of a `.gguf` file."),
+        Meta(
+            min_length=1, description="`small`, `medium` or `large` of `tierway models`, or the path of a `.gguf` file."
+        ),
     ]
     model: Annotated[
-        str | None, Meta(description="The model id it answers to. Default: that of the weights, or the file's name.")
+        ModelId | None,
+        Meta(description="The model id it answers to. Default: that of the weights, or the file's name."),
     ] = None
     context_tokens: Annotated[int, Meta(ge=256, description="Context window of each parallel request.")] = 4096
     parallel: Annotated[int, Meta(ge=1, le=64, description="Requests decoded at the same time.")] = 4
-    threads: Annotated[
-        int, Meta(ge=1, description="CPU threads. One is best where models share the cores.")
-    ] = 1
+    threads: Annotated[int, Meta(ge=1, description="CPU threads. One is best where models share the cores.")] = 1
     timeouts: Annotated[TimeoutSettings, Meta(description="Limits of each phase of a call.")] = TimeoutSettings()
 
 
-class ScriptedBackend(Noun, tag_field="kind", tag="scripted"):
+class ScriptedBackend(Noun, tag_field="kind", tag="scripted", frozen=True, kw_only=True):
     """Plays a fixed answer token by token: for demonstrations and dry runs."""
 
-    model: Annotated[str, Meta(min_length=1, description="The model id it answers to.")]
+    model: Annotated[ModelId, Meta(description="The model id it answers to.")]
     tokens: Annotated[tuple[str, ...], Meta(min_length=1, description="The pieces of the answer.")]
     logprob: Annotated[float, Meta(le=0, description="Log-probability of every token.")] = -0.05
     delay: Annotated[Duration | None, Meta(description="Pause before each token. Default: none.")] = None
@@ -109,7 +140,7 @@ class ScriptedBackend(Noun, tag_field="kind", tag="scripted"):
 AnyBackend = VllmBackend | LocalBackend | ScriptedBackend
 
 
-class Price(Noun):
+class Price(Noun, frozen=True, kw_only=True):
     """Dollars per million tokens."""
 
     input: Annotated[UsdPerMillion, Meta(description="Prompt tokens.")]
@@ -119,7 +150,7 @@ class Price(Noun):
     ] = None
 
 
-class Tier(Noun):
+class Tier(Noun, frozen=True, kw_only=True):
     """A model size: interchangeable backends at one price."""
 
     name: Annotated[Name, Meta(description="What clients and routes call it.")]
@@ -127,17 +158,19 @@ class Tier(Noun):
     price: Annotated[Price, Meta(description="What its tokens cost.")]
 
 
-class Step(Noun):
+class Step(Noun, frozen=True, kw_only=True):
     """One rung of a route."""
 
     tier: Annotated[Name, Meta(description="Name of the tier.")]
     doubt_below: Annotated[
         Share | None,
-        Meta(description="Confidence below which the answer is doubted and the next tier asked. Absent: never doubted."),
+        Meta(
+            description="Confidence below which the answer is doubted and the next tier asked. Absent: never doubted."
+        ),
     ] = None
 
 
-class Hold(Noun):
+class Hold(Noun, frozen=True, kw_only=True):
     """How much of a stream is held back before it is judged: whichever limit is reached first."""
 
     tokens: Annotated[int, Meta(ge=1, description="Answer tokens of each choice.")] = 16
@@ -145,7 +178,7 @@ class Hold(Noun):
     bytes: Annotated[Size, Meta(description="Bytes held in memory.")] = 256 * 1024
 
 
-class Route(Noun):
+class Route(Noun, frozen=True, kw_only=True):
     """A name that clients ask for, and the tiers it may climb, cheapest first."""
 
     steps: Annotated[tuple[Step, ...], Meta(min_length=1, description="The tiers, cheapest first.")]
@@ -164,7 +197,7 @@ class Route(Noun):
     ] = "until_first_token"
 
 
-class Key(Noun):
+class Key(Noun, frozen=True, kw_only=True):
     """One API key. Only its digest is kept; `tierway keygen` makes both."""
 
     name: Annotated[Name, Meta(description="What logs and Decisions call it.")]
@@ -175,7 +208,7 @@ class Key(Noun):
     admin: Annotated[bool, Meta(description="May read `/status`.")] = False
 
 
-class Log(Noun):
+class Log(Noun, frozen=True, kw_only=True):
     """The operator's log, on standard error."""
 
     format: Annotated[Literal["json", "text"], Meta(description="One JSON object a line, or text for people.")] = "json"
@@ -184,7 +217,7 @@ class Log(Noun):
     )
 
 
-class Telemetry(Noun):
+class Telemetry(Noun, frozen=True, kw_only=True):
     """What tierway tells about its work."""
 
     log: Annotated[Log, Meta(description="The operator's log.")] = Log()
@@ -193,7 +226,7 @@ class Telemetry(Noun):
     ] = False
 
 
-class Config(Noun):
+class Config(Noun, frozen=True, kw_only=True):
     """All of `gateway.yaml`."""
 
     backends: Annotated[dict[Name, AnyBackend], Meta(min_length=1, description="The servers that answer, by name.")]

@@ -1,0 +1,201 @@
+"""How is it all put together? The composition root: a configuration in, an ASGI application out.
+
+Everything shared is made here and handed on; nothing is looked up from a global place.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import msgspec
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
+from starlette.types import ASGIApp
+
+from backends.backend import Backend, Timeouts
+from backends.missing import MissingBackend
+from backends.scripted import recite
+from backends.vllm import HttpPool, VllmBackend
+from backends.weights import catalogue
+from gateway.bodies import BodyReader
+from gateway.config import model as noun
+from gateway.config.load import Loaded, model_id
+from gateway.config.secrets import Secret, resolve_all
+from gateway.decision import DecisionStore
+from gateway.edge import Edge, on_http_exception
+from gateway.endpoints import Endpoints
+from gateway.exchange import Gateway
+from gateway.fleet import Fleet, Member
+from gateway.log import ExchangeLog
+from gateway.metrics import Metrics
+from gateway.peers import Peers, id_prefix
+from gateway.telemetry import Tracing
+from policies.access import Caller, Keyring
+from policies.cost import Price
+from routing.ladder import Hold, Ladder, Route, Rung, Seat
+
+
+class Place(msgspec.Struct, frozen=True, kw_only=True):
+    """Which of how many workers this process is, and where they meet. `folder` is None for one alone."""
+
+    worker: int = 0
+    workers: int = 1
+    folder: Path | None = None
+
+
+def local_model_ids() -> Mapping[str, str]:
+    """Return which model id each word for local weights stands for."""
+    return {model.name: model.model_id for model in catalogue()}
+
+
+def build(loaded: Loaded, *, local_urls: Mapping[str, str] | None = None, place: Place | None = None) -> ASGIApp:
+    """Return the application. Raises `ConfigError` where a secret cannot be had.
+
+    `local_urls` says where each local model is served; one that is missing there is known to be down.
+    """
+    place = place or Place()
+    secrets = resolve_all(loaded)
+    config = loaded.config
+    metrics = Metrics()
+    store = DecisionStore(config.server.kept_decisions)
+    peers = Peers(worker=place.worker, count=place.workers, folder=place.folder)
+    bodies = BodyReader()
+    pool = HttpPool()
+    log = config.telemetry.log
+    gateway = Gateway(
+        config=loaded.digest,
+        id_prefix=id_prefix(place.worker),
+        max_body_bytes=config.server.max_body,
+        keyring=Keyring.of((key.sha256, caller_of(key)) for key in config.keys),
+        ladder=ladder_of(config),
+        prices={tier.name: price_of(tier.price) for tier in config.tiers},
+        fleet=Fleet(
+            {
+                name: Member(
+                    name=name,
+                    kind=str(backend.__struct_config__.tag),
+                    model=model_of(backend),
+                    tier=tier.name,
+                    backend=_backend(name, backend, pool, secrets, local_urls or {}),
+                )
+                for tier in config.tiers
+                for name in tier.backends
+                for backend in (config.backends[name],)
+            }
+        ),
+        bodies=bodies,
+        store=store,
+        metrics=metrics,
+        log=ExchangeLog(sys.stderr.buffer, format=log.format, level=log.level),
+        tracing=Tracing() if config.telemetry.traces else None,
+    )
+
+    @asynccontextmanager
+    async def lifespan(_app: Starlette) -> AsyncIterator[None]:
+        await peers.open(store, metrics)
+        await gateway.fleet.probe_all()
+        probing = asyncio.create_task(gateway.fleet.keep_probing())
+        try:
+            yield
+        finally:
+            probing.cancel()
+            await asyncio.wait([probing])
+            await peers.close()
+            await bodies.close()
+            await pool.close()
+
+    app = Starlette(
+        routes=Endpoints(gateway, peers).routes(),
+        exception_handlers={HTTPException: on_http_exception},
+        lifespan=lifespan,
+    )
+    app.router.redirect_slashes = False
+    inner: ASGIApp = app
+    if config.server.cors_origins:
+        inner = CORSMiddleware(
+            app,
+            allow_origins=config.server.cors_origins,
+            allow_methods=["GET", "POST"],
+            allow_headers=["*"],
+            expose_headers=["*"],
+        )
+    return Edge(inner, config=loaded.digest)
+
+
+def caller_of(key: noun.Key) -> Caller:
+    """Return who a key belongs to."""
+    return Caller(key=key.name, names=None if key.models is None else frozenset(key.models), admin=key.admin)
+
+
+def price_of(price: noun.Price) -> Price:
+    """Return the price of a tier."""
+    cached = price.input if price.cached_input is None else price.cached_input
+    return Price(input_nusd=price.input, cached_input_nusd=cached, output_nusd=price.output)
+
+
+def model_of(backend: noun.AnyBackend) -> str:
+    """Return the model id that a backend answers to."""
+    found = model_id(backend, local_model_ids())
+    if found is None:
+        raise AssertionError("the configuration was checked with the same catalogue")
+    return found
+
+
+def ladder_of(config: noun.Config) -> Ladder:
+    """Return every name that can be asked for."""
+    rungs = {
+        tier.name: Rung(tier.name, tuple(Seat(name, model_of(config.backends[name])) for name in tier.backends))
+        for tier in config.tiers
+    }
+    names: dict[str, Route] = {}
+    for name, route in config.routes.items():
+        names[name] = Route(
+            name=name,
+            rungs=tuple(
+                msgspec.structs.replace(rungs[step.tier], doubt_below=step.doubt_below) for step in route.steps
+            ),
+            estimator=route.confidence,
+            hold=Hold(tokens=route.hold.tokens, time_s=route.hold.time, size_bytes=route.hold.bytes),
+            doubt_unknown=route.when_unknown == "doubt",
+            keep_doubted=route.keep_doubted == "until_first_token",
+        )
+        names.update(dict.fromkeys(route.aliases, names[name]))
+    for rung in rungs.values():
+        names[rung.tier] = Route(name=rung.tier, rungs=(rung,))
+        for seat in rung.seats:
+            same = tuple(other for other in rung.seats if other.model == seat.model)
+            names.setdefault(seat.model, Route(name=seat.model, rungs=(Rung(rung.tier, same),)))
+    return Ladder(names)
+
+
+def _backend(
+    name: str,
+    backend: noun.AnyBackend,
+    pool: HttpPool,
+    secrets: Mapping[noun.SecretRef, Secret],
+    local_urls: Mapping[str, str],
+) -> Backend:
+    match backend:
+        case noun.VllmBackend():
+            key = secrets[backend.api_key].reveal() if backend.api_key is not None else None
+            return VllmBackend(pool, url=backend.url, api_key=key, timeouts=_timeouts(backend.timeouts))
+        case noun.LocalBackend():
+            if name not in local_urls:
+                return MissingBackend("its model is not there")
+            return VllmBackend(pool, url=local_urls[name], timeouts=_timeouts(backend.timeouts))
+        case noun.ScriptedBackend():
+            return recite(backend.model, backend.tokens, logprob=backend.logprob, delay_s=backend.delay)
+
+
+def _timeouts(settings: noun.TimeoutSettings) -> Timeouts:
+    return Timeouts(
+        connect_s=settings.connect,
+        first_token_s=settings.first_token,
+        between_tokens_s=settings.between_tokens,
+        total_s=settings.total,
+    )

@@ -1,0 +1,161 @@
+"""What was done for one request, and what did it cost? The one record afterwards.
+
+A `Decision` is built once, at the end, from what the exchange knows. Log line, response headers, the answer of
+`GET /v1/requests/{exchange_id}`, metrics and span are renderings of it; none of them computes anything of its own.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import msgspec
+
+from gateway.wire import TokenUsage
+from policies.cost import Cost, usd
+
+Role = Literal["answer"]
+
+
+class AttemptRecord(msgspec.Struct, frozen=True, kw_only=True):
+    """One call to one backend. Times are seconds since the exchange began; None where it did not get so far."""
+
+    number: int
+    role: Role
+    tier: str
+    backend: str
+    model: str
+    outcome: Literal["accepted", "doubted", "failed", "rejected", "cancelled"]
+    fault: str | None
+    confidence: float | None
+    doubt_below: float | None
+    usage: TokenUsage
+    cost: Cost
+    started_s: float
+    first_token_s: float | None
+    ended_s: float
+
+
+class Decision(msgspec.Struct, frozen=True, kw_only=True):
+    """Everything about one exchange, and never a word of prompt or answer.
+
+    `ending` is `answered`, `broken`, `abandoned`, `exhausted`, or `refused` for a request that no backend saw.
+    """
+
+    exchange_id: str
+    request_id: str
+    key: str
+    endpoint: str
+    asked: str
+    route: str
+    streamed: bool
+    ending: Literal["answered", "broken", "abandoned", "exhausted"]
+    error: str | None
+    degraded: bool
+    tier: str | None
+    model: str | None
+    confidence: float | None
+    confidence_kind: Literal["raw"]
+    attempts: tuple[AttemptRecord, ...]
+    created_at: float
+    first_byte_s: float | None
+    total_s: float
+    config: str
+
+    @property
+    def cost_nusd(self) -> int:
+        """What all attempts came to, in nano-dollars."""
+        return sum(attempt.cost.total_nusd for attempt in self.attempts)
+
+    @property
+    def usage(self) -> TokenUsage:
+        """Tokens of all attempts together."""
+        return TokenUsage(
+            prompt_tokens=sum(one.usage.prompt_tokens for one in self.attempts),
+            cached_prompt_tokens=sum(one.usage.cached_prompt_tokens for one in self.attempts),
+            completion_tokens=sum(one.usage.completion_tokens for one in self.attempts),
+            reasoning_tokens=sum(one.usage.reasoning_tokens for one in self.attempts),
+            counted=any(one.usage.counted for one in self.attempts),
+        )
+
+
+def as_json(decision: Decision) -> bytes:
+    """Render for `GET /v1/requests/{exchange_id}`."""
+    shown: dict[str, Any] = msgspec.to_builtins(decision)
+    for attempt in shown["attempts"]:
+        attempt["cost_usd"] = usd(sum(attempt.pop("cost").values()))
+    return msgspec.json.encode(
+        {
+            "object": "tierway.decision",
+            **shown,
+            "usage": decision.usage,
+            "cost_usd": usd(decision.cost_nusd),
+        }
+    )
+
+
+def summary(decision: Decision) -> bytes:
+    """Render what a client that opted in is told at the end of a stream."""
+    return msgspec.json.encode(
+        {
+            "exchange_id": decision.exchange_id,
+            "tier": decision.tier,
+            "model": decision.model,
+            "attempts": len(decision.attempts),
+            "confidence": decision.confidence,
+            "confidence_kind": decision.confidence_kind,
+            "degraded": decision.degraded,
+            "cost_usd": usd(decision.cost_nusd),
+        }
+    )
+
+
+Header = tuple[bytes, bytes]
+
+
+def answer_headers(
+    *,
+    tier: str | None,
+    model: str | None,
+    attempts: int,
+    confidence: float | None,
+    degraded: bool,
+    cost_nusd: int,
+) -> list[Header]:
+    """Render what a client is told in the head of an answer, or of an error after attempts."""
+    headers = [
+        (b"x-tierway-attempts", b"%d" % attempts),
+        (b"x-tierway-cost-usd", usd(cost_nusd).encode()),
+    ]
+    if tier is not None and model is not None:
+        headers.append((b"x-tierway-tier", tier.encode()))
+        headers.append((b"x-tierway-model", _header_value(model)))
+    if confidence is not None:
+        headers.append((b"x-tierway-confidence", b"%.4f" % confidence))
+        headers.append((b"x-tierway-confidence-kind", b"raw"))
+    if degraded:
+        headers.append((b"x-tierway-degraded", b"true"))
+    return headers
+
+
+def _header_value(text: str) -> bytes:
+    return text.encode("ascii", "replace").replace(b"\r", b"?").replace(b"\n", b"?")
+
+
+class DecisionStore:
+    """The last `size` Decisions of this process, for the keys that made them."""
+
+    def __init__(self, size: int) -> None:
+        self._size = size
+        self._kept: dict[str, Decision] = {}
+
+    def put(self, decision: Decision) -> None:
+        """Keep a Decision; the oldest goes when there are too many."""
+        if self._size == 0:
+            return
+        self._kept[decision.exchange_id] = decision
+        if len(self._kept) > self._size:
+            del self._kept[next(iter(self._kept))]
+
+    def get(self, exchange_id: str) -> Decision | None:
+        """Return a Decision that is still kept."""
+        return self._kept.get(exchange_id)

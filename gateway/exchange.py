@@ -1,0 +1,316 @@
+"""What happens to one request, and in which order? The second file to read, after `docs/architecture.md`."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping
+from functools import partial
+from time import monotonic, time
+from typing import Literal
+
+import msgspec
+
+from backends.backend import BackendFault, Call, Endpoint, Overloaded, Rejected, TimedOut, Unreachable
+from gateway.bodies import BodyReader
+from gateway.body import Body
+from gateway.decision import AttemptRecord, Decision, DecisionStore, Header, answer_headers, summary
+from gateway.driver import Line, Mailbox, Run, drive
+from gateway.errors import Refusal
+from gateway.fleet import Fleet
+from gateway.http import Receive, Scope, authenticate, header, new_id, read_raw_body, request_id, trace_headers
+from gateway.log import ExchangeLog
+from gateway.metrics import Metrics
+from gateway.sinks import JsonSink, Send, Sink, SseSink, send_refusal
+from gateway.telemetry import Tracing
+from gateway.wire import TokenUsage, make_tap
+from policies.access import Caller, Keyring
+from policies.cost import Price, cost_of
+from routing.cascade import Commit, Ending, Judged, Left, climb
+from routing.ladder import Ladder, Route
+from routing.plan import PlannedAttempt, RoutePlan, make_plan
+
+
+class Gateway(msgspec.Struct, frozen=True, kw_only=True):
+    """All that exchanges share, built once in `gateway.app` and never changed."""
+
+    config: str
+    id_prefix: str
+    max_body_bytes: int
+    keyring: Keyring
+    ladder: Ladder
+    prices: Mapping[str, Price]
+    fleet: Fleet
+    bodies: BodyReader
+    store: DecisionStore
+    metrics: Metrics
+    log: ExchangeLog
+    tracing: Tracing | None = None
+
+
+async def exchange(gateway: Gateway, endpoint: Endpoint, scope: Scope, receive: Receive, send: Send) -> None:
+    """Answer one request."""
+    this = _Exchange(gateway, endpoint, scope, send)
+    try:
+        caller = this.caller = authenticate(gateway.keyring, scope)
+        raw = await read_raw_body(scope, receive, gateway.max_body_bytes)
+        body = await gateway.bodies.read(endpoint, raw)
+        route = find_route(gateway.ladder, caller, body.asked.model)
+        plan = make_plan(route, choices=body.asked.choices, down=gateway.fleet.down, tie_break=this.tie_break)
+    except Refusal as refusal:
+        await this.refuse(refusal)
+        return
+    sink = this.open_sink(body)
+    ending = await this.climb(plan, body, sink, receive)
+    decision = this.decide(ending, plan, body)
+    gateway.store.put(decision)
+    await this.close(ending, decision, sink)
+    this.tell(decision)
+
+
+def find_route(ladder: Ladder, caller: Caller, name: str) -> Route:
+    """Return the route that `name` stands for. Raises `Refusal`: what is not permitted does not exist."""
+    route = ladder.find(name)
+    if route is None or not caller.may_ask(name, route.name):
+        shown = name if len(name) <= 64 else name[:64] + "…"
+        raise Refusal("model_not_found", f"The model '{shown}' does not exist or you may not use it.", param="model")
+    return route
+
+
+class _Exchange:
+    """One request's own things: ids, times, runs."""
+
+    def __init__(self, gateway: Gateway, endpoint: Endpoint, scope: Scope, send: Send) -> None:
+        self._gateway = gateway
+        self._endpoint = endpoint
+        self._scope = scope
+        self._send = send
+        self._started_s = monotonic()
+        self._created_at = time()
+        self._request_id = request_id(scope)
+        self._exchange_id = new_id(gateway.id_prefix)
+        self._runs: list[Run] = []
+        self._first_byte_s: float | None = None
+        self._note_wanted = header(scope, b"x-tierway-include")
+        self.caller: Caller | None = None
+
+    @property
+    def tie_break(self) -> int:
+        """A number that differs between exchanges and is the same whenever this one is planned again."""
+        return int(self._exchange_id[-4:], 16)
+
+    @property
+    def _headers(self) -> list[Header]:
+        return [
+            (b"x-request-id", self._request_id),
+            (b"x-tierway-exchange-id", self._exchange_id.encode()),
+            (b"x-tierway-config", self._gateway.config.encode()),
+        ]
+
+    async def refuse(self, refusal: Refusal) -> None:
+        """Answer with an error that no backend was asked about."""
+        self._gateway.metrics.refused(refusal.code)
+        await send_refusal(self._send, refusal, self._headers)
+        self._gateway.log.refused(
+            request_id=self._request_id.decode(),
+            key=None if self.caller is None else self.caller.key,
+            path=self._scope["path"],
+            code=refusal.code,
+            status=refusal.status,
+        )
+
+    def open_sink(self, body: Body) -> Sink:
+        """Return the way out that the client asked for."""
+        if body.asked.stream:
+            return SseSink(self._send, self._headers, note_in_usage=self._note_wanted == b"usage")
+        return JsonSink(self._send, self._headers)
+
+    async def climb(self, plan: RoutePlan, body: Body, sink: Sink, receive: Receive) -> Ending:
+        """Drive the cascade, and tell it when the client leaves."""
+        gateway, scored = self._gateway, plan.route.judged
+        trace = trace_headers(self._scope)
+
+        def make_line(attempt: PlannedAttempt) -> Line:
+            call = Call(
+                endpoint=self._endpoint,
+                body=body.for_backend(attempt.model, scored=scored),
+                stream=body.asked.stream,
+                headers=trace,
+            )
+            tap = make_tap(body.asked, scored=scored, read_tokens=plan.route.hold.tokens)
+            backend = gateway.fleet.members[attempt.backend].backend
+            return Line(backend, call, tap, partial(gateway.fleet.report, attempt.backend))
+
+        def make_head(run: Run, commit: Commit) -> list[Header]:
+            self._first_byte_s = monotonic() - self._started_s
+            spent = [one for one in self._runs if one.ended_s is not None]
+            return answer_headers(
+                tier=run.attempt.tier,
+                model=run.attempt.model,
+                attempts=len(self._runs),
+                confidence=commit.confidence,
+                degraded=commit.degraded,
+                cost_nusd=sum(self._cost_nusd(one) for one in spent),
+            )
+
+        mailbox = Mailbox()
+        watcher = asyncio.create_task(_watch(receive, mailbox))
+        gateway.metrics.open_exchanges += 1
+        try:
+            return await drive(
+                climb(plan), sink=sink, mailbox=mailbox, runs=self._runs, make_line=make_line, make_head=make_head
+            )
+        except asyncio.CancelledError:
+            # The server stops and waits no longer. What was begun must not look complete.
+            if self._first_byte_s is not None:
+                await sink.fail(Refusal("shutting_down", "The gateway is stopping."))
+            raise
+        finally:
+            gateway.metrics.open_exchanges -= 1
+            watcher.cancel()
+
+    def decide(self, ending: Ending, plan: RoutePlan, body: Body) -> Decision:
+        """Build the record of what was done."""
+        now_s = monotonic()
+        judged = {one.id: one for one in ending.judged}
+        served = self._runs[ending.committed - 1] if ending.committed is not None else None
+        attempts = tuple(self._record(run, judged[run.id], ending, plan.route, now_s) for run in self._runs)
+        return Decision(
+            exchange_id=self._exchange_id,
+            request_id=self._request_id.decode("ascii"),
+            key=self.caller.key if self.caller is not None else "",
+            endpoint=self._endpoint,
+            asked=body.asked.model,
+            route=plan.route.name,
+            streamed=body.asked.stream,
+            ending=ending.kind,
+            error=self._error(ending).code if ending.kind in ("broken", "exhausted") else None,
+            degraded=ending.degraded,
+            tier=served.attempt.tier if served is not None else None,
+            model=served.attempt.model if served is not None else None,
+            confidence=attempts[served.id - 1].confidence if served is not None else None,
+            confidence_kind="raw",
+            attempts=attempts,
+            created_at=self._created_at,
+            first_byte_s=self._first_byte_s,
+            total_s=now_s - self._started_s,
+            config=self._gateway.config,
+        )
+
+    def _record(self, run: Run, judged: Judged, ending: Ending, route: Route, now_s: float) -> AttemptRecord:
+        confidence = judged.confidence
+        if confidence is None and route.judged:
+            confidence = route.estimator.score(run.tap.signals)
+        usage = _usage_of(run)
+        return AttemptRecord(
+            number=run.id,
+            role="answer",
+            tier=run.attempt.tier,
+            backend=run.attempt.backend,
+            model=run.attempt.model,
+            outcome=_outcome(judged, accepted=run.id == ending.committed),
+            fault=None if run.fault is None else f"{type(run.fault).__name__}: {run.fault}",
+            confidence=confidence,
+            doubt_below=run.attempt.doubt_below,
+            usage=usage,
+            cost=cost_of(self._gateway.prices[run.attempt.tier], usage),
+            started_s=run.started_s - self._started_s,
+            first_token_s=None if run.first_token_s is None else run.first_token_s - self._started_s,
+            ended_s=(run.ended_s or now_s) - self._started_s,
+        )
+
+    def _cost_nusd(self, run: Run) -> int:
+        return cost_of(self._gateway.prices[run.attempt.tier], _usage_of(run)).total_nusd
+
+    async def close(self, ending: Ending, decision: Decision, sink: Sink) -> None:
+        """Send the last part of the answer, now that the record is kept."""
+        if ending.kind == "answered" and ending.committed is not None:
+            tail = self._runs[ending.committed - 1].tail
+            note = summary(decision) if self._note_wanted is not None else None
+            await sink.end(tail, self._final_headers(decision), note)
+        elif ending.kind == "broken":
+            await sink.fail(self._error(ending))
+        elif ending.kind == "exhausted":
+            await send_refusal(self._send, self._error(ending), [*self._headers, *self._final_headers(decision)])
+
+    def _final_headers(self, decision: Decision) -> list[Header]:
+        return answer_headers(
+            tier=decision.tier,
+            model=decision.model,
+            attempts=len(decision.attempts),
+            confidence=decision.confidence,
+            degraded=decision.degraded,
+            cost_nusd=decision.cost_nusd,
+        )
+
+    def _error(self, ending: Ending) -> Refusal:
+        if ending.kind == "broken":
+            return Refusal("stream_broken", "The model's server broke off in the middle of the answer.")
+        return refusal_for([run.fault for run in self._runs if run.fault is not None])
+
+    def tell(self, decision: Decision) -> None:
+        """Render the record for the operator."""
+        self._gateway.metrics.decided(decision)
+        if decision.error is not None:
+            self._gateway.metrics.refused(decision.error)
+        self._gateway.log.decided(decision)
+        if self._gateway.tracing is not None:
+            self._gateway.tracing.decided(decision, dict(trace_headers(self._scope)))
+
+
+async def _watch(receive: Receive, mailbox: Mailbox) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+    mailbox.put(Left(monotonic()))
+
+
+def _usage_of(run: Run) -> TokenUsage:
+    """Return what an attempt used. One that never began an answer used nothing that could be told."""
+    return run.tap.usage() if run.tap.begun else TokenUsage()
+
+
+def _outcome(judged: Judged, *, accepted: bool) -> Literal["accepted", "doubted", "failed", "rejected", "cancelled"]:
+    if judged.outcome in ("failed", "rejected"):
+        return judged.outcome
+    if accepted:
+        return "accepted" if judged.outcome == "completed" else "cancelled"
+    return "doubted" if judged.doubted else "cancelled"
+
+
+def refusal_for(faults: list[BackendFault]) -> Refusal:
+    """Say why no tier could answer.
+
+    A refusal by a backend is the client's to mend, so it is told whatever else went wrong; a prompt that is too long
+    only where no larger model failed for another reason.
+    """
+    rejections = [fault for fault in faults if isinstance(fault, Rejected)]
+    for fault in rejections:
+        if not fault.too_long:
+            return _rejection(fault)
+    if rejections and len(rejections) == len(faults):
+        return _rejection(rejections[-1])
+    overloads = [fault for fault in faults if isinstance(fault, Overloaded)]
+    if overloads:
+        waits = [fault.retry_after_s for fault in overloads if fault.retry_after_s is not None]
+        return Refusal(
+            "upstream_overloaded",
+            "Every model that could answer is busy. Try again later.",
+            retry_after_s=max(1, round(min(waits))) if waits else 1,
+        )
+    if faults and all(isinstance(fault, Unreachable) for fault in faults):
+        return Refusal("upstream_unavailable", "No model that may answer can be reached.")
+    if faults and any(isinstance(fault, TimedOut) for fault in faults):
+        return Refusal("upstream_timeout", "The models took too long to answer.")
+    return Refusal("upstream_error", "Every model that was asked failed.")
+
+
+def _rejection(fault: Rejected) -> Refusal:
+    if fault.too_long:
+        return Refusal("context_length_exceeded", fault.message, param=fault.param or "messages")
+    return Refusal(
+        "upstream_rejected",
+        fault.message,
+        param=fault.param,
+        status=fault.status,
+        shown_code=fault.code,
+        keep_code=False,
+    )

@@ -1,0 +1,267 @@
+"""How does the gateway run? Local models first, then the HTTP server, in one process or in several.
+
+The process that is started owns the local models, alone. With several workers it also owns the listening socket, and
+starts a worker again when it dies; the workers end with it, however it ends.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import gc
+import logging
+import os
+import signal
+import socket
+import sys
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import msgspec
+import uvicorn
+
+from backends.local import LocalModelFailed, LocalServer, LocalSettings
+from backends.weights import WeightsUnavailable, resolve
+from gateway.app import Place, build, local_model_ids, model_of
+from gateway.config.load import Loaded, load
+from gateway.config.model import Config, LocalBackend
+from gateway.config.secrets import resolve_all
+from gateway.log import set_up_logging
+
+_log = logging.getLogger("tierway.serve")
+_RESTART_PAUSE_S = 1.0
+_DEMO_KEY = "tw-demo-local-only-key"
+
+Say = Callable[[str], None]
+
+
+class WorkerSettings(msgspec.Struct, frozen=True):
+    """What a worker process is told on its command line."""
+
+    config: str
+    fd: int
+    worker: int
+    workers: int
+    folder: str
+    local_urls: dict[str, str]
+
+
+def serve(loaded: Loaded, *, workers: int, host: str, port: int, say: Say) -> None:
+    """Serve until told to stop. Raises `ConfigError` for secrets that cannot be had and `OSError` for a taken port."""
+    config = loaded.config
+    set_up_logging(format=config.telemetry.log.format, level=config.telemetry.log.level)
+    resolve_all(loaded)
+    # The port is taken before anything slow, so that a second gateway says so at once.
+    listening = _listen(host, port)
+    settings = _local_settings(loaded, say)
+    runner = asyncio.Runner(loop_factory=_loop_factory())
+    with runner, contextlib.suppress(KeyboardInterrupt):
+        runner.run(_serve(loaded, settings, listening, workers, say))
+
+
+def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop]:
+    import uvloop  # noqa: PLC0415 - only a serving process needs it
+
+    return uvloop.new_event_loop
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listening = socket.socket(family, socket.SOCK_STREAM)
+    listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    listening.bind((host, port))
+    listening.listen(2048)
+    listening.setblocking(False)  # noqa: FBT003 - the library's own signature
+    listening.set_inheritable(True)
+    return listening
+
+
+def _local_settings(loaded: Loaded, say: Say) -> list[LocalSettings]:
+    """Find the weights of every local model. One that cannot be had costs its tier, not the gateway."""
+    settings: list[LocalSettings] = []
+    for name, backend in loaded.config.backends.items():
+        if not isinstance(backend, LocalBackend):
+            continue
+        named = backend.weights in local_model_ids()
+        try:
+            weights = resolve(backend.weights if named else str(loaded.beside(backend.weights)))
+        except WeightsUnavailable as why:
+            say(f"{name}: {why}. The gateway starts without it.")
+            continue
+        settings.append(
+            LocalSettings(
+                name=name,
+                weights=weights.path,
+                model_id=model_of(backend),
+                context_tokens=backend.context_tokens,
+                parallel=backend.parallel,
+                threads=backend.threads,
+            )
+        )
+    return settings
+
+
+async def _serve(
+    loaded: Loaded, settings: list[LocalSettings], listening: socket.socket, workers: int, say: Say
+) -> None:
+    servers: dict[str, LocalServer] = {}
+    # Until the HTTP server takes the signals over, they end the start.
+    starting = asyncio.current_task()
+    loop = asyncio.get_running_loop()
+    if starting is not None:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, starting.cancel)
+    try:
+        await _start_local(settings, servers, say)
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.remove_signal_handler(number)
+        urls = {name: server.base_url for name, server in servers.items() if server.base_url is not None}
+        address = listening.getsockname()
+        shown = f"[{address[0]}]" if ":" in address[0] else address[0]
+        _say_how_to_ask(loaded.config, f"http://{shown}:{address[1]}", urls, say)
+        if workers == 1:
+            await _serve_here(loaded, listening, urls, Place())
+        else:
+            await _serve_in_workers(loaded, listening, urls, workers)
+    except asyncio.CancelledError:
+        say("Stopped before it was ready.")
+    finally:
+        listening.close()
+        await asyncio.gather(*(server.stop() for server in servers.values()))
+
+
+async def _start_local(settings: list[LocalSettings], servers: dict[str, LocalServer], say: Say) -> None:
+    async def start(one: LocalSettings) -> None:
+        say(f"Loading {one.model_id} …")
+        server = servers[one.name] = LocalServer(one)
+        try:
+            await server.start()
+        except LocalModelFailed as why:
+            say(f"{why} The gateway starts without it.")
+
+    await asyncio.gather(*(start(one) for one in settings))
+
+
+def _say_how_to_ask(config: Config, url: str, local_urls: Mapping[str, str], say: Say) -> None:
+    missing = [
+        tier.name
+        for tier in config.tiers
+        if all(isinstance(config.backends[name], LocalBackend) and name not in local_urls for name in tier.backends)
+    ]
+    if missing:
+        say(f"Without the tiers {', '.join(missing)}: their models are not there.")
+    model = next(iter(config.routes), config.tiers[0].name)
+    key = _DEMO_KEY if any(one.name == "demo" for one in config.keys) else "$TIERWAY_KEY"
+    say(f"tierway serves {', '.join(tier.name for tier in config.tiers if tier.name not in missing)} on {url}. Try:")
+    say("")
+    say(f"  curl -i {url}/v1/chat/completions -H 'Authorization: Bearer {key}' -H 'Content-Type: application/json' \\")
+    question = '{"role": "user", "content": "What is the capital of France?"}'
+    say(f"""    -d '{{"model": "{model}", "messages": [{question}]}}'""")
+    say("")
+
+
+def _http_server(loaded: Loaded, local_urls: Mapping[str, str], place: Place) -> uvicorn.Server:
+    app = build(loaded, local_urls=local_urls, place=place)
+    server = uvicorn.Server(
+        uvicorn.Config(
+            app,
+            http="httptools",
+            ws="none",
+            lifespan="on",
+            log_config=None,
+            access_log=False,
+            server_header=False,
+            timeout_keep_alive=75,
+            timeout_graceful_shutdown=max(1, round(loaded.config.server.shutdown_grace)),
+        )
+    )
+    # What was made until now lives as long as the process: the collector need not look at it again and again.
+    gc.collect()
+    gc.freeze()
+    return server
+
+
+async def _serve_here(loaded: Loaded, listening: socket.socket, local_urls: Mapping[str, str], place: Place) -> None:
+    server = _http_server(loaded, local_urls, place)
+    with contextlib.suppress(KeyboardInterrupt):
+        await server.serve(sockets=[listening])
+
+
+# -- several workers --------------------------------------------------------------------------------------------------
+
+
+async def _serve_in_workers(
+    loaded: Loaded, listening: socket.socket, local_urls: Mapping[str, str], workers: int
+) -> None:
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop.set)
+    with tempfile.TemporaryDirectory(prefix="tierway-") as folder:
+        tasks = [
+            asyncio.create_task(
+                _keep_worker(
+                    WorkerSettings(
+                        str(loaded.path.absolute()), listening.fileno(), number, workers, folder, dict(local_urls)
+                    ),
+                    stop,
+                    loaded.config.server.shutdown_grace,
+                )
+            )
+            for number in range(workers)
+        ]
+        await stop.wait()
+        await asyncio.wait(tasks)
+
+
+async def _keep_worker(settings: WorkerSettings, stop: asyncio.Event, grace_s: float) -> None:
+    """Run one worker, and another in its place when it dies, until told to stop."""
+    stopping = asyncio.create_task(stop.wait())
+    while not stop.is_set():
+        child = await asyncio.create_subprocess_exec(
+            sys.executable,
+            "-m",
+            "gateway.serve",
+            msgspec.json.encode(settings).decode(),
+            stdin=asyncio.subprocess.PIPE,
+            pass_fds=[settings.fd],
+            start_new_session=True,
+        )
+        dying = asyncio.create_task(child.wait())
+        await asyncio.wait([stopping, dying], return_when=asyncio.FIRST_COMPLETED)
+        if stop.is_set():
+            if child.returncode is None:
+                child.terminate()
+            done, _ = await asyncio.wait([dying], timeout=grace_s + 5.0)
+            if not done:
+                child.kill()
+                await dying
+            return
+        _log.error("worker %d died with status %s; starting it again", settings.worker, child.returncode)
+        await asyncio.wait([stopping], timeout=_RESTART_PAUSE_S)
+
+
+def _be_worker(settings: WorkerSettings) -> None:
+    loaded = load(Path(settings.config), local_model_ids=local_model_ids())
+    log = loaded.config.telemetry.log
+    set_up_logging(format=log.format, level=log.level)
+    listening = socket.socket(fileno=settings.fd)
+    place = Place(worker=settings.worker, workers=settings.workers, folder=Path(settings.folder))
+
+    async def run() -> None:
+        # The parent holds the other end of standard input: when it is gone, so are we.
+        asyncio.get_running_loop().add_reader(sys.stdin.fileno(), _end_with_parent)
+        await _serve_here(loaded, listening, settings.local_urls, place)
+
+    with asyncio.Runner(loop_factory=_loop_factory()) as runner, contextlib.suppress(KeyboardInterrupt):
+        runner.run(run())
+
+
+def _end_with_parent() -> None:
+    if not os.read(sys.stdin.fileno(), 1):
+        os._exit(1)
+
+
+if __name__ == "__main__":
+    _be_worker(msgspec.json.decode(sys.argv[1], type=WorkerSettings))

@@ -1,0 +1,1 @@
+"""The commands beside serving: what each of them does, without the front of the command line."""

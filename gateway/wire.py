@@ -1,0 +1,416 @@
+"""What did the model say, and which part of it is the client's? Everything we add to a call is taken out again here.
+
+A tap sits between one backend and the client. It reads the signals, the usage and the end of an answer as they pass,
+and lets through what the client would have got without us: log-probabilities asked for our sake become `null`, the
+usage we asked for disappears. Where the shape of an event is known that is a splice of bytes; only where it is not is
+the event decoded and written anew. On the way it never looks into an event twice.
+
+The sequence `"finish_reason":` in an event can only be a key: inside a JSON string its quotes would be escaped. All
+searches here rest on that.
+"""
+
+from __future__ import annotations
+
+from math import nan
+from typing import Any, Protocol
+
+import msgspec
+
+from backends.backend import Broken
+from backends.sse import DONE, data_of
+from gateway.body import Asked
+from routing.confidence import ChoiceSignals, Signals
+
+
+class TokenUsage(msgspec.Struct, frozen=True, kw_only=True):
+    """Tokens of an attempt. `counted` says that we counted or estimated them, because the server reported none."""
+
+    prompt_tokens: int = 0
+    cached_prompt_tokens: int = 0
+    completion_tokens: int = 0
+    reasoning_tokens: int = 0
+    counted: bool = False
+
+
+# -- the parts of an answer that we read; everything else passes unseen ----------------------------------------------
+
+
+class _PromptDetails(msgspec.Struct):
+    cached_tokens: int | None = None
+
+
+class _CompletionDetails(msgspec.Struct):
+    reasoning_tokens: int | None = None
+
+
+class _Usage(msgspec.Struct):
+    prompt_tokens: int = 0
+    completion_tokens: int | None = None
+    prompt_tokens_details: _PromptDetails | None = None
+    completion_tokens_details: _CompletionDetails | None = None
+
+
+class _Token(msgspec.Struct):
+    logprob: float | None = None
+    token: str = ""
+
+
+class _Logprobs(msgspec.Struct):
+    """Chat's shape has `content`, that of text completions the parallel lists."""
+
+    content: list[_Token] | None = None
+    tokens: list[str] | None = None
+    token_logprobs: list[float | None] | None = None
+    text_offset: list[int] | None = None
+
+
+class _CalledFunction(msgspec.Struct):
+    arguments: str | None = None
+    name: str | None = None
+
+
+class _ToolCall(msgspec.Struct):
+    function: _CalledFunction | None = None
+
+
+class _Said(msgspec.Struct):
+    content: Any = None
+    refusal: str | None = None
+    reasoning: str | None = None
+    reasoning_content: str | None = None
+    tool_calls: list[_ToolCall] | None = None
+
+
+class _Choice(msgspec.Struct):
+    index: int = 0
+    delta: _Said | None = None
+    message: _Said | None = None
+    text: str | None = None
+    logprobs: _Logprobs | None = None
+    finish_reason: str | None = None
+
+
+class _Answer(msgspec.Struct):
+    choices: list[_Choice] | None = None
+    usage: _Usage | None = None
+    error: msgspec.Raw | None = None
+
+
+_read_answer = msgspec.json.Decoder(_Answer).decode
+_read_any = msgspec.json.Decoder(dict[str, Any]).decode
+_write = msgspec.json.Encoder().encode
+
+_ORDINARY = b'"finish_reason":null'
+_SCORES = b'"logprobs":{'
+_NO_SCORES = b'"logprobs":null'
+_VLLM_END = b'},"finish_reason":'
+_LLAMA_END = b']}}],"created":'
+
+
+class Tap(Protocol):
+    """What every answer goes through on its way out, chunk by chunk."""
+
+    signals: Signals
+    complete: bool
+    done: bool
+
+    def feed(self, chunk: bytes) -> bytes | None:
+        """Take one chunk, return what of it is the client's. Raises `Broken` for what is no answer."""
+        ...
+
+    @property
+    def begun(self) -> bool:
+        """Whether anything of an answer, or of its reasoning, has come."""
+        ...
+
+    def usage(self) -> TokenUsage:
+        """Return what the server reported, or what we counted where it reported nothing that can be true."""
+        ...
+
+
+def make_tap(asked: Asked, *, scored: bool, read_tokens: int) -> Tap:
+    """Return the tap for one attempt.
+
+    With `scored` log-probabilities were asked for our sake; of a stream the first `read_tokens` of every choice are
+    read, the rest is only taken out.
+    """
+    if asked.stream:
+        return StreamTap(asked, scored=scored, read_tokens=read_tokens)
+    return WholeTap(asked, scored=scored)
+
+
+class _Tap:
+    """What both taps share: signals, usage and taking out what is ours.
+
+    `complete` says that every choice has finished, `done` that the server has said so.
+    """
+
+    def __init__(self, asked: Asked, *, scored: bool) -> None:
+        self._asked = asked
+        self._strip_scores = scored and asked.logprobs is None
+        self._trim_scores = scored and asked.logprobs == 0
+        self._reported: _Usage | None = None
+        self.signals: Signals = {}
+        self.events = 0
+        self.complete = False
+        self.done = False
+
+    def _answer_logprobs(self, choice: _Choice) -> list[float]:
+        """Return the log-probabilities of the answer's own tokens: no reasoning, no echoed prompt."""
+        scores = choice.logprobs
+        if scores is None:
+            return []
+        if scores.content is not None:
+            tokens = scores.content
+            if choice.message is not None:
+                tokens = _answer_part(tokens, choice.message)
+            return [nan if one.logprob is None else one.logprob for one in tokens]
+        if scores.token_logprobs is None:
+            return []
+        first = self._echoed(choice.index, scores)
+        return [nan if one is None else one for one in scores.token_logprobs[first:]]
+
+    def _echoed(self, index: int, scores: _Logprobs) -> int:
+        """How many of the tokens are the prompt's, repeated because of `echo`."""
+        if index < len(self._asked.echoed_tokens):
+            return self._asked.echoed_tokens[index]
+        if index < len(self._asked.echoed_chars) and scores.text_offset:
+            chars = self._asked.echoed_chars[index]
+            return sum(offset < chars for offset in scores.text_offset)
+        return 0
+
+    def usage(self) -> TokenUsage:
+        """Return what the server reported, or what we counted where it reported nothing that can be true."""
+        reported = self._reported
+        if reported is not None and reported.prompt_tokens >= 0 and (reported.completion_tokens or 0) >= 0:
+            prompt, completion = reported.prompt_tokens_details, reported.completion_tokens_details
+            return TokenUsage(
+                prompt_tokens=reported.prompt_tokens,
+                cached_prompt_tokens=max(0, (prompt.cached_tokens or 0) if prompt else 0),
+                completion_tokens=reported.completion_tokens or 0,
+                reasoning_tokens=max(0, (completion.reasoning_tokens or 0) if completion else 0),
+            )
+        # A token is an event on the wire, near enough; a prompt has about four bytes a token.
+        return TokenUsage(prompt_tokens=-(-self._asked.prompt_bytes // 4), completion_tokens=self.events, counted=True)
+
+    @property
+    def begun(self) -> bool:
+        """Whether anything of an answer, or of its reasoning, has come."""
+        return any(one.pieces or one.reasoning_pieces or one.finished for one in self.signals.values())
+
+    def _client_json(self, payload: bytes, *, strip_usage: bool = False) -> bytes:
+        if not strip_usage and self._strip_scores:
+            spliced = _without_scores(payload)
+            if spliced is not None:
+                return spliced
+        answer = _read_any(payload)
+        if strip_usage:
+            answer.pop("usage", None)
+        for choice in answer.get("choices") or ():
+            scores = choice.get("logprobs")
+            if not isinstance(scores, dict):
+                continue
+            if self._strip_scores:
+                choice["logprobs"] = None
+                if "prompt_logprobs" in choice and (self._asked.echoed_chars or self._asked.echoed_tokens):
+                    # vLLM adds the scores of an echoed prompt beside those of the answer.
+                    choice["prompt_logprobs"] = None
+            elif self._trim_scores:
+                _trim(scores)
+        return _write(answer)
+
+
+class StreamTap(_Tap):
+    """For server-sent events."""
+
+    def __init__(self, asked: Asked, *, scored: bool, read_tokens: int) -> None:
+        super().__init__(asked, scored=scored)
+        self._read_tokens = read_tokens if scored else 0
+        self._unread = True
+        # Events of several choices at once may hold one end beside another's middle.
+        self._single = asked.choices == 1
+        self._usage_everywhere = False
+        self._last_kind: dict[int, str] = {}
+        self._finished: set[int] = set()
+
+    def feed(self, event: bytes) -> bytes | None:
+        """Take one server-sent event, return what of it is the client's. Raises `Broken` for an error event."""
+        if not self._unread and self._single and _ORDINARY in event:
+            self.events += 1
+            if not self._strip_scores and not self._trim_scores and not self._usage_everywhere:
+                return event
+            if not self._trim_scores and not self._usage_everywhere:
+                spliced = _without_scores(event)
+                if spliced is not None:
+                    return spliced
+            return self._rewritten(event)
+        return self._feed_slowly(event)
+
+    def _feed_slowly(self, event: bytes) -> bytes | None:
+        if event == DONE:
+            self.done = True
+            return None
+        payload = data_of(event)
+        if payload is None:
+            return event
+        if payload == b"[DONE]":
+            self.done = True
+            return None
+        answer = _decoded(payload)
+        if answer.error is not None and answer.error != b"null":
+            raise Broken("it reports an error in the middle of its answer")
+        choices = answer.choices or ()
+        if answer.usage is not None:
+            self._reported = answer.usage
+        for choice in choices:
+            self._read_delta(choice)
+        if not choices:
+            wanted = self._asked.usage_wanted or answer.usage is None
+            return event if wanted else None
+        self.events += 1
+        if b'"usage":' in event and not self._asked.usage_wanted:
+            self._usage_everywhere = True
+        if self._unread and all(one.answer_tokens >= self._read_tokens for one in self.signals.values()):
+            self._unread = not any(one.pieces or one.reasoning_pieces for one in self.signals.values())
+        self.complete = len(self._finished) >= self._asked.choices
+        return self._rewritten(event)
+
+    def _read_delta(self, choice: _Choice) -> None:
+        signals = self.signals.get(choice.index)
+        if signals is None:
+            signals = self.signals[choice.index] = ChoiceSignals()
+        said = choice.delta
+        kind = self._last_kind.get(choice.index, "")
+        if choice.text:
+            kind = "answer"
+        elif said is not None:
+            if said.content or said.tool_calls or said.refusal:
+                kind = "answer"
+            elif said.reasoning or said.reasoning_content:
+                kind = "reasoning"
+        spoke = kind != "" and (
+            bool(choice.text)
+            or (
+                said is not None
+                and bool(said.content or said.tool_calls or said.refusal or said.reasoning or said.reasoning_content)
+            )
+        )
+        self._last_kind[choice.index] = kind
+        if kind == "answer":
+            signals.pieces += spoke
+            for logprob in self._answer_logprobs(choice):
+                signals.add(logprob)
+        elif kind == "reasoning":
+            signals.reasoning_pieces += spoke
+        if choice.finish_reason is not None:
+            signals.finished = True
+            self._finished.add(choice.index)
+
+    def _rewritten(self, event: bytes) -> bytes:
+        """Take out what is ours, by splice where possible."""
+        strip_usage = b'"usage":' in event and not self._asked.usage_wanted
+        if not strip_usage and not self._trim_scores:
+            if not self._strip_scores or _SCORES not in event:
+                return event
+            spliced = _without_scores(event)
+            if spliced is not None:
+                return spliced
+        payload = data_of(event)
+        return event if payload is None else b"data: " + self._client_json(payload, strip_usage=strip_usage) + b"\n\n"
+
+
+class WholeTap(_Tap):
+    """For an answer in one piece."""
+
+    def feed(self, body: bytes) -> bytes | None:
+        """Take a whole answer, return the client's. Raises `Broken` where it is none."""
+        answer = _decoded(body)
+        if answer.error is not None and answer.error != b"null":
+            raise Broken("it answers 200 with an error in it")
+        if not answer.choices:
+            raise Broken("its answer has no choices")
+        self._reported = answer.usage
+        for choice in answer.choices:
+            signals = self.signals[choice.index] = ChoiceSignals(finished=True)
+            said = choice.message
+            spoken = _text_of(choice)
+            signals.pieces += bool(spoken)
+            if said is not None and (said.reasoning or said.reasoning_content):
+                signals.reasoning_pieces += 1
+            for logprob in self._answer_logprobs(choice):
+                signals.add(logprob)
+        self.events += 1
+        self.complete = self.done = True
+        return self._client_json(body) if self._strip_scores or self._trim_scores else body
+
+
+def _decoded(payload: bytes) -> _Answer:
+    try:
+        return _read_answer(payload)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise Broken(f"its answer is not in OpenAI's shape: {error}") from None
+
+
+def _without_scores(text: bytes) -> bytes | None:
+    """Replace the log-probabilities of the only choice by null; None where the shape is not a known one."""
+    start = text.find(_SCORES)
+    if start < 0:
+        return text
+    end = text.find(_VLLM_END, start)
+    if end < 0:
+        end = text.find(_LLAMA_END, start)
+        if end < 0:
+            return None
+        end += 1
+    if text.find(_SCORES, end) >= 0 or b'"prompt_logprobs":[' in text:
+        return None
+    return b"%b%b%b" % (text[:start], _NO_SCORES, text[end + 1 :])
+
+
+def _trim(scores: dict[str, Any]) -> None:
+    """Leave only the token that was taken: the client asked for no alternatives."""
+    for token in scores.get("content") or ():
+        token["top_logprobs"] = []
+    tops, tokens = scores.get("top_logprobs"), scores.get("tokens")
+    if isinstance(tops, list) and isinstance(tokens, list):
+        scores["top_logprobs"] = [
+            {token: top[token]} if isinstance(top, dict) and token in top else top
+            for token, top in zip(tokens, tops, strict=False)
+        ]
+
+
+def _text_of(choice: _Choice) -> str:
+    if choice.text is not None:
+        return choice.text
+    said = choice.message
+    if said is None:
+        return ""
+    if said.tool_calls:
+        return "".join(call.function.arguments or "" for call in said.tool_calls if call.function is not None) or "{}"
+    return said.content if isinstance(said.content, str) else (said.refusal or "")
+
+
+def _answer_part(tokens: list[_Token], said: _Said) -> list[_Token]:
+    """Return the tokens that spell the answer, where reasoning or the marks of a tool call stand around it."""
+    if not (said.reasoning or said.reasoning_content or said.tool_calls):
+        return tokens
+    wanted = [said.content] if isinstance(said.content, str) and said.content else []
+    wanted += [
+        call.function.arguments
+        for call in said.tool_calls or ()
+        if call.function is not None and call.function.arguments
+    ]
+    text = "".join(one.token for one in tokens)
+    spans = [(found, found + len(one)) for one in wanted if (found := text.rfind(one)) >= 0]
+    if not spans:
+        # A server that writes the arguments anew leaves nothing to find: all but the reasoning counts then.
+        reasoning = said.reasoning or said.reasoning_content
+        return [] if reasoning and not said.tool_calls else tokens
+    part: list[_Token] = []
+    start = 0
+    for one in tokens:
+        end = start + len(one.token)
+        if any(start < last and end > first for first, last in spans):
+            part.append(one)
+        start = end
+    return part

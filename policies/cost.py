@@ -1,0 +1,69 @@
+"""What does a call cost? Tokens and a price in, integer nano-dollars out.
+
+Prices are integer nano-dollars per *million* tokens, because real price lists have fractions of a nano-dollar per
+token. Each part of a cost is rounded once, half to even; after that money only adds up, and adds up exactly.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import msgspec
+
+_MILLION = 1_000_000
+_NUSD_PER_USD = 1_000_000_000
+
+
+class Usage(Protocol):
+    """Anything that can be billed. `prompt_tokens` includes `cached_prompt_tokens`."""
+
+    @property
+    def prompt_tokens(self) -> int: ...
+    @property
+    def cached_prompt_tokens(self) -> int: ...
+    @property
+    def completion_tokens(self) -> int: ...
+
+
+class Price(msgspec.Struct, frozen=True, kw_only=True):
+    """Nano-dollars per million tokens."""
+
+    input_nusd: int
+    cached_input_nusd: int
+    output_nusd: int
+
+
+class Cost(msgspec.Struct, frozen=True, kw_only=True):
+    """The parts of a cost, in nano-dollars."""
+
+    input_nusd: int = 0
+    cached_input_nusd: int = 0
+    output_nusd: int = 0
+
+    @property
+    def total_nusd(self) -> int:
+        """The sum of the parts."""
+        return self.input_nusd + self.cached_input_nusd + self.output_nusd
+
+
+def cost_of(price: Price, usage: Usage) -> Cost:
+    """Bill `usage` at `price`. More cached than prompt tokens is a server's slip: all of the prompt was cached then."""
+    cached_tokens = min(usage.cached_prompt_tokens, usage.prompt_tokens)
+    return Cost(
+        input_nusd=_part(usage.prompt_tokens - cached_tokens, price.input_nusd),
+        cached_input_nusd=_part(cached_tokens, price.cached_input_nusd),
+        output_nusd=_part(usage.completion_tokens, price.output_nusd),
+    )
+
+
+def _part(tokens: int, nusd_per_million: int) -> int:
+    whole, rest = divmod(tokens * nusd_per_million, _MILLION)
+    twice = 2 * rest
+    return whole + (twice > _MILLION or (twice == _MILLION and whole % 2 == 1))
+
+
+def usd(nusd: int) -> str:
+    """Nano-dollars as a decimal number of dollars, exact and without an exponent: `0.000012`."""
+    sign, nusd = ("-", -nusd) if nusd < 0 else ("", nusd)
+    dollars, rest = divmod(nusd, _NUSD_PER_USD)
+    return f"{sign}{dollars}.{rest:09d}".rstrip("0").rstrip(".") if rest else f"{sign}{dollars}"
