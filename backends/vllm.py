@@ -398,6 +398,9 @@ def fault_of(status: int, body: bytes, retry_after: str | None = None) -> Backen
         with suppress(TypeError, ValueError):
             seconds = max(0.0, float(retry_after)) if retry_after is not None else None
         return Overloaded(f"it has no room ({status})", seconds)
+    if status == HTTPStatus.INTERNAL_SERVER_ERROR and b"image input is not supported" in body:
+        # llama.cpp's answer to a picture that its model cannot see is a refusal, whatever its status.
+        return Rejected(HTTPStatus.BAD_REQUEST, "This model takes no images.", param="messages")
     if status in range(400, 500) and status != HTTPStatus.REQUEST_TIMEOUT:
         with suppress(msgspec.DecodeError, UnicodeDecodeError, RecursionError):
             error = _decode_error(body).error

@@ -30,7 +30,7 @@ from gateway.decision import DecisionStore
 from gateway.edge import Edge, on_http_exception
 from gateway.endpoints import Endpoints
 from gateway.exchange import Gateway
-from gateway.fleet import Fleet, Member
+from gateway.fleet import Fleet, Member, Scores
 from gateway.log import ExchangeLog
 from gateway.metrics import Metrics
 from gateway.peers import Peers, id_prefix
@@ -82,6 +82,7 @@ def build(loaded: Loaded, *, local_urls: Mapping[str, str] | None = None, place:
                     model=model_of(backend),
                     tier=tier.name,
                     backend=_backend(name, backend, pool, secrets, local_urls or {}),
+                    scores=_scores(backend),
                 )
                 for tier in config.tiers
                 for name in tier.backends
@@ -190,6 +191,16 @@ def _backend(
             return VllmBackend(pool, url=local_urls[name], timeouts=_timeouts(backend.timeouts))
         case noun.ScriptedBackend():
             return recite(backend.model, backend.tokens, logprob=backend.logprob, delay_s=backend.delay)
+
+
+def _scores(backend: noun.AnyBackend) -> Scores:
+    match backend:
+        case noun.VllmBackend():
+            return backend.logprobs
+        case noun.LocalBackend():
+            return "not_with_streamed_tools"
+        case noun.ScriptedBackend():
+            return "always"
 
 
 def _timeouts(settings: noun.TimeoutSettings) -> Timeouts:

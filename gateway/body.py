@@ -116,7 +116,8 @@ class Asked(msgspec.Struct, frozen=True, kw_only=True):
     """The facts of a request.
 
     `choices` counts the answers wanted; `logprobs` is the number of alternatives a token that the client asked for,
-    None where it asked for no log-probabilities. `echoed_chars` and `echoed_tokens` say how much of each answer is
+    None where it asked for no log-probabilities. `usage_wanted` and `usage_everywhere` are OpenAI's `include_usage` and
+    vLLM's `continuous_usage_stats`. `echoed_chars` and `echoed_tokens` say how much of each answer is
     the prompt repeated: characters for text prompts, tokens for token ids, by prompt.
     """
 
@@ -124,6 +125,7 @@ class Asked(msgspec.Struct, frozen=True, kw_only=True):
     model: str
     stream: bool = False
     usage_wanted: bool = False
+    usage_everywhere: bool = False
     choices: int = 1
     max_tokens: int | None = None
     logprobs: int | None = None
@@ -197,6 +199,7 @@ def read_body(endpoint: Endpoint, raw: bytes) -> Body:
         facts,
         stream=bool(shared.stream),
         usage_wanted=options is not None and bool(options.include_usage),
+        usage_everywhere=options is not None and bool(options.continuous_usage_stats),
         prompt_bytes=len(raw),
     )
     merged = _encode({**given, "include_usage": True}) if isinstance(given, dict) else None

@@ -12,11 +12,11 @@ import msgspec
 
 from backends.backend import BackendFault, Call, Endpoint, Overloaded, Rejected, TimedOut, Unreachable
 from gateway.bodies import BodyReader
-from gateway.body import Body
+from gateway.body import Asked, Body
 from gateway.decision import AttemptRecord, Decision, DecisionStore, Header, answer_headers, summary
 from gateway.driver import Line, Mailbox, Run, drive
 from gateway.errors import Refusal
-from gateway.fleet import Fleet
+from gateway.fleet import Fleet, Scores
 from gateway.http import Receive, Scope, authenticate, header, new_id, read_raw_body, request_id, trace_headers
 from gateway.log import ExchangeLog
 from gateway.metrics import Metrics
@@ -126,19 +126,20 @@ class _Exchange:
 
     async def climb(self, plan: RoutePlan, body: Body, sink: Sink, receive: Receive) -> Ending:
         """Drive the cascade, and tell it when the client leaves."""
-        gateway, scored = self._gateway, plan.route.judged
+        gateway, asked = self._gateway, body.asked
         trace = trace_headers(self._scope)
 
         def make_line(attempt: PlannedAttempt) -> Line:
+            member = gateway.fleet.members[attempt.backend]
+            scored = plan.route.judged and _takes_scores(member.scores, asked)
             call = Call(
                 endpoint=self._endpoint,
                 body=body.for_backend(attempt.model, scored=scored),
-                stream=body.asked.stream,
+                stream=asked.stream,
                 headers=trace,
             )
-            tap = make_tap(body.asked, scored=scored, read_tokens=plan.route.hold.tokens)
-            backend = gateway.fleet.members[attempt.backend].backend
-            return Line(backend, call, tap, partial(gateway.fleet.report, attempt.backend))
+            tap = make_tap(asked, scored=scored, read_tokens=plan.route.hold.tokens)
+            return Line(member.backend, call, tap, partial(gateway.fleet.report, attempt.backend))
 
         def make_head(run: Run, commit: Commit) -> list[Header]:
             self._first_byte_s = monotonic() - self._started_s
@@ -261,6 +262,10 @@ async def _watch(receive: Receive, mailbox: Mailbox) -> None:
     while (await receive())["type"] != "http.disconnect":
         pass
     mailbox.put(Left(monotonic()))
+
+
+def _takes_scores(scores: Scores, asked: Asked) -> bool:
+    return scores == "always" or (scores == "not_with_streamed_tools" and not (asked.stream and asked.tools))
 
 
 def _usage_of(run: Run) -> TokenUsage:

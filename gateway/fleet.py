@@ -10,6 +10,7 @@ import asyncio
 import logging
 from collections.abc import Mapping
 from time import time
+from typing import Literal
 
 import msgspec
 
@@ -17,6 +18,10 @@ from backends.backend import Backend, BackendFault, Unreachable
 
 _PROBE_EVERY_S = 1.0
 _log = logging.getLogger("tierway.fleet")
+
+
+Scores = Literal["always", "not_with_streamed_tools", "never"]
+"""When a server takes a request for log-probabilities."""
 
 
 class Member(msgspec.Struct, kw_only=True):
@@ -27,6 +32,7 @@ class Member(msgspec.Struct, kw_only=True):
     model: str
     tier: str
     backend: Backend
+    scores: Scores = "always"
     up: bool | None = None
     since: float = 0.0
     last_fault: str | None = None

@@ -184,14 +184,23 @@ class _Tap:
         reported = self._reported
         if reported is not None and reported.prompt_tokens >= 0 and (reported.completion_tokens or 0) >= 0:
             prompt, completion = reported.prompt_tokens_details, reported.completion_tokens_details
+            billed_tokens = reported.completion_tokens or 0
+            # llama.cpp bills one choice of several: what was seen is the least that was made.
+            seen_tokens = self._seen_tokens() if self._asked.choices > 1 else 0
             return TokenUsage(
                 prompt_tokens=reported.prompt_tokens,
                 cached_prompt_tokens=max(0, (prompt.cached_tokens or 0) if prompt else 0),
-                completion_tokens=reported.completion_tokens or 0,
+                completion_tokens=max(billed_tokens, seen_tokens),
                 reasoning_tokens=max(0, (completion.reasoning_tokens or 0) if completion else 0),
+                counted=seen_tokens > billed_tokens,
             )
         # A token is an event on the wire, near enough; a prompt has about four bytes a token.
         return TokenUsage(prompt_tokens=-(-self._asked.prompt_bytes // 4), completion_tokens=self.events, counted=True)
+
+    def _seen_tokens(self) -> int:
+        """How many tokens there are at least. The first and the last event of a choice in a stream carry none."""
+        scored_tokens = sum(one.scored_tokens for one in self.signals.values())
+        return max(scored_tokens, self.events - 2 * self._asked.choices)
 
     @property
     def begun(self) -> bool:
@@ -265,15 +274,20 @@ class StreamTap(_Tap):
         for choice in choices:
             self._read_delta(choice)
         if not choices:
-            wanted = self._asked.usage_wanted or answer.usage is None
+            # llama.cpp bills every choice on its own, in the middle; the client's is the last.
+            wanted = (self._asked.usage_wanted and self.complete) or answer.usage is None
             return event if wanted else None
         self.events += 1
-        if b'"usage":' in event and not self._asked.usage_wanted:
+        if b'"usage":' in event and not self._asked.usage_everywhere:
             self._usage_everywhere = True
         if self._unread and all(one.answer_tokens >= self._read_tokens for one in self.signals.values()):
             self._unread = not any(one.pieces or one.reasoning_pieces for one in self.signals.values())
         self.complete = len(self._finished) >= self._asked.choices
-        return self._rewritten(event)
+        passed = self._rewritten(event)
+        if answer.usage is not None and self.complete and self._asked.usage_wanted and self._usage_everywhere:
+            # Some servers bill in the last chunk of the answer; OpenAI does in one without choices.
+            passed += _usage_chunk(payload)
+        return passed
 
     def _read_delta(self, choice: _Choice) -> None:
         signals = self.signals.get(choice.index)
@@ -308,7 +322,7 @@ class StreamTap(_Tap):
 
     def _rewritten(self, event: bytes) -> bytes:
         """Take out what is ours, by splice where possible."""
-        strip_usage = b'"usage":' in event and not self._asked.usage_wanted
+        strip_usage = self._usage_everywhere and b'"usage":' in event
         if not strip_usage and not self._trim_scores:
             if not self._strip_scores or _SCORES not in event:
                 return event
@@ -365,6 +379,13 @@ def _without_scores(text: bytes) -> bytes | None:
     if text.find(_SCORES, end) >= 0 or b'"prompt_logprobs":[' in text:
         return None
     return b"%b%b%b" % (text[:start], _NO_SCORES, text[end + 1 :])
+
+
+def _usage_chunk(payload: bytes) -> bytes:
+    """Return the bill in a chunk's `usage` as a chunk of its own, without choices."""
+    answer = _read_any(payload)
+    answer["choices"] = []
+    return b"data: " + _write(answer) + b"\n\n"
 
 
 def _trim(scores: dict[str, Any]) -> None:

@@ -106,6 +106,13 @@ class VllmBackend(Noun, tag_field="kind", tag="vllm", frozen=True, kw_only=True)
     url: Annotated[Url, Meta(description="Base address, with or without `/v1` at its end.")]
     model: Annotated[ModelId, Meta(description="The model id that the server knows.")]
     api_key: Annotated[SecretRef | None, Meta(description="Reference to the server's API key, if it wants one.")] = None
+    logprobs: Annotated[
+        Literal["always", "not_with_streamed_tools", "never"],
+        Meta(
+            description="When the server takes a request for log-probabilities. llama.cpp refuses it for a stream with "
+            "tools; some hosted models always do."
+        ),
+    ] = "always"
     timeouts: Annotated[TimeoutSettings, Meta(description="Limits of each phase of a call.")] = TimeoutSettings()
 
 
