@@ -10,6 +10,7 @@ import sys
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 import msgspec
 from starlette.applications import Starlette
@@ -27,8 +28,9 @@ from gateway.config import model as noun
 from gateway.config.load import Loaded, model_id
 from gateway.config.secrets import Secret, resolve_all
 from gateway.decision import DecisionStore
-from gateway.edge import Edge, on_http_exception
+from gateway.edge import Edge, on_fault, on_http_exception, on_refusal
 from gateway.endpoints import Endpoints
+from gateway.errors import Refusal
 from gateway.exchange import Gateway
 from gateway.fleet import Fleet, Member, Scores
 from gateway.log import ExchangeLog
@@ -92,13 +94,14 @@ def build(loaded: Loaded, *, local_urls: Mapping[str, str] | None = None, place:
         bodies=bodies,
         store=store,
         metrics=metrics,
-        log=ExchangeLog(sys.stderr.buffer, format=log.format, level=log.level),
+        log=ExchangeLog(_unbuffered_stderr(), format=log.format, level=log.level),
         tracing=Tracing() if config.telemetry.traces else None,
     )
 
     @asynccontextmanager
     async def lifespan(_app: Starlette) -> AsyncIterator[None]:
         await peers.open(store, metrics)
+        await bodies.open()
         await gateway.fleet.probe_all()
         probing = asyncio.create_task(gateway.fleet.keep_probing())
         try:
@@ -112,7 +115,7 @@ def build(loaded: Loaded, *, local_urls: Mapping[str, str] | None = None, place:
 
     app = Starlette(
         routes=Endpoints(gateway, peers).routes(),
-        exception_handlers={HTTPException: on_http_exception},
+        exception_handlers={HTTPException: on_http_exception, Refusal: on_refusal, Exception: on_fault},
         lifespan=lifespan,
     )
     app.router.redirect_slashes = False
@@ -126,6 +129,10 @@ def build(loaded: Loaded, *, local_urls: Mapping[str, str] | None = None, place:
             expose_headers=["*"],
         )
     return Edge(inner, config=loaded.digest)
+
+
+def _unbuffered_stderr() -> BinaryIO:
+    return open(sys.stderr.fileno(), "wb", buffering=0, closefd=False)  # noqa: PTH123, SIM115 - as long as the process
 
 
 def caller_of(key: noun.Key) -> Caller:

@@ -2,8 +2,8 @@
 
 Reading a body is one uninterruptible call: a few microseconds for a usual one, but 60 ms for a megabyte of empty
 lists. Bodies up to `_INLINE_BYTES` are read at once; larger ones go through a pipe to a child process, one after the
-other, so that the event loop only ever copies bytes. The child is started by the first of them and ends with us,
-because its standard input does.
+other, so that the event loop only ever copies bytes. The child is started with us, because that takes longer than any
+body, again when it has died, and ends with us, because its standard input does.
 """
 
 from __future__ import annotations
@@ -46,6 +46,11 @@ class BodyReader:
         self._child: asyncio.subprocess.Process | None = None
         self._turn = asyncio.Lock()
 
+    async def open(self) -> None:
+        """Start the child, so that the first large body does not wait for that."""
+        async with self._turn:
+            await self._started()
+
     async def read(self, endpoint: Endpoint, raw: bytes) -> Body:
         """Read a body as `read_body` does. Raises `Refusal`."""
         if len(raw) <= _INLINE_BYTES:
@@ -67,17 +72,7 @@ class BodyReader:
                 return await self._ask_child(endpoint, raw)
 
     async def _ask_child(self, endpoint: Endpoint, raw: bytes) -> bytes:
-        child = self._child
-        if child is None or child.returncode is not None:
-            child = self._child = await asyncio.create_subprocess_exec(
-                sys.executable,
-                "-m",
-                "gateway.bodies",
-                stdin=asyncio.subprocess.PIPE,
-                stdout=asyncio.subprocess.PIPE,
-                start_new_session=True,
-                limit=_SLICE_BYTES,
-            )
+        child = await self._started()
         if child.stdin is None or child.stdout is None:
             raise ConnectionError("the child has no pipes")
         child.stdin.write(_HEADER.pack(_ENDPOINTS.index(endpoint), len(raw)))
@@ -94,6 +89,20 @@ class BodyReader:
             parts.append(part)
             size_bytes -= len(part)
         return b"".join(parts)
+
+    async def _started(self) -> asyncio.subprocess.Process:
+        child = self._child
+        if child is None or child.returncode is not None:
+            child = self._child = await asyncio.create_subprocess_exec(
+                sys.executable,
+                "-m",
+                "gateway.bodies",
+                stdin=asyncio.subprocess.PIPE,
+                stdout=asyncio.subprocess.PIPE,
+                start_new_session=True,
+                limit=_SLICE_BYTES,
+            )
+        return child
 
     async def close(self) -> None:
         """End the child."""

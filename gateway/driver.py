@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from collections.abc import Callable
+from functools import partial
 from time import monotonic
 
 import msgspec
@@ -84,6 +85,7 @@ class Run:
         self.started_s = monotonic()
         self.first_token_s: float | None = None
         self.ended_s: float | None = None
+        self.committed_s: float | None = None
         self._line = line
         self._sink = sink
         self._mailbox = mailbox
@@ -115,6 +117,7 @@ class Run:
 
     async def commit(self) -> None:
         """Write what is held, and let the rest through as it comes."""
+        self.committed_s = monotonic()
         while self._held:
             data, self._held = b"".join(self._held), []
             await self._sink.write(data)
@@ -226,7 +229,7 @@ class _Performer:
                 self._runs.append(Run(id_, attempt, self._make_line(attempt), self._sink, self._mailbox))
             case Commit(id_):
                 run = self._runs[id_ - 1]
-                await self._sink.begin(self._make_head(run, command))
+                await self._sink.begin(partial(self._make_head, run, command))
                 await run.commit()
             case Keep(id_):
                 self._runs[id_ - 1].keep()

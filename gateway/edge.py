@@ -14,11 +14,12 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from gateway.errors import Refusal
-from gateway.http import Receive, Scope, request_id
+from gateway.http import Receive, Scope, new_id, request_id
 from gateway.sinks import Send, send_refusal
 
 App = Callable[[Scope, Receive, Send], Awaitable[None]]
 _log = logging.getLogger("tierway.edge")
+_INTERNAL = Refusal("internal_error", "The gateway failed. It is not your fault.")
 
 
 class Edge:
@@ -32,30 +33,32 @@ class Edge:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        begun = False
+        begun = ended = False
 
         async def send_with_ids(message: MutableMapping[str, Any]) -> None:
-            nonlocal begun
+            nonlocal begun, ended
             if not begun and message["type"] == "http.response.start":
                 begun = True
                 headers = list(message.get("headers", ()))
                 if all(name != b"x-request-id" for name, _ in headers):
-                    headers += [(b"x-request-id", request_id(scope)), (b"x-tierway-config", self._config)]
+                    headers += [
+                        (b"x-request-id", request_id(scope) or new_id("req-").encode()),
+                        (b"x-tierway-config", self._config),
+                    ]
                     message = {**message, "headers": headers}
+            elif message["type"] == "http.response.body" and not message.get("more_body"):
+                ended = True
             await send(message)
 
         try:
             await self._app(scope, receive, send_with_ids)
-        except Refusal as refusal:
-            await send_refusal(send_with_ids, refusal, [])
         except Exception:
             # The outermost boundary: whatever went wrong is ours, and the client learns no more than that.
             _log.exception("internal error on %s", scope["path"])
-            if begun:
-                raise
-            await send_refusal(
-                send_with_ids, Refusal("internal_error", "The gateway failed. It is not your fault."), []
-            )
+            if not begun:
+                await send_refusal(send_with_ids, _INTERNAL, [])
+            elif not ended:
+                raise  # which breaks the connection: what was cut must not look complete
 
 
 async def on_http_exception(request: Request, error: Exception) -> Response:
@@ -69,3 +72,16 @@ async def on_http_exception(request: Request, error: Exception) -> Response:
         shown = path if len(path) <= 128 else path[:128] + "…"
         refusal = Refusal("unknown_url", f"There is nothing at {shown}.")
     return Response(refusal.body(), refusal.status, headers=given, media_type="application/json")
+
+
+async def on_refusal(_request: Request, error: Exception) -> Response:
+    """Render what an endpoint refuses."""
+    if not isinstance(error, Refusal):
+        raise error
+    headers = {name.decode(): value.decode() for name, value in error.headers()}
+    return Response(error.body(), error.status, headers=headers, media_type="application/json")
+
+
+async def on_fault(request: Request, _error: Exception) -> Response:
+    """Render what nobody expected, in place of Starlette's page; `Edge` sees the fault itself too and logs it."""
+    return await on_refusal(request, _INTERNAL)

@@ -36,6 +36,7 @@ TABLE: tuple[ErrorKind, ...] = (
     ErrorKind(
         "incomplete_body", 400, _INVALID, "fixed request", "The connection broke before the whole body had come."
     ),
+    ErrorKind("invalid_http", 400, _INVALID, "fixed request", "The bytes are not a request of HTTP/1.1."),
     ErrorKind("context_length_exceeded", 400, _INVALID, "fixed request", "The prompt fits no model that may answer."),
     ErrorKind(
         "upstream_rejected",
@@ -53,6 +54,7 @@ TABLE: tuple[ErrorKind, ...] = (
     ErrorKind("unknown_url", 404, _INVALID, "no", "There is nothing at this path."),
     ErrorKind("method_not_allowed", 405, _INVALID, "no", "The path exists, but not for this method."),
     ErrorKind("body_too_large", 413, _INVALID, "fixed request", "The body is larger than `server.max_body`."),
+    ErrorKind("head_too_large", 431, _INVALID, "fixed request", "The headers are larger than 64 KiB."),
     ErrorKind(
         "internal_error", 500, "server_error", "no", "A fault of tierway itself. The log has it under the request id."
     ),

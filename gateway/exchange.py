@@ -86,10 +86,9 @@ class _Exchange:
         self._send = send
         self._started_s = monotonic()
         self._created_at = time()
-        self._request_id = request_id(scope)
         self._exchange_id = new_id(gateway.id_prefix)
+        self._request_id = request_id(scope) or self._exchange_id.encode()
         self._runs: list[Run] = []
-        self._first_byte_s: float | None = None
         self._note_wanted = header(scope, b"x-tierway-include")
         self.caller: Caller | None = None
 
@@ -142,7 +141,6 @@ class _Exchange:
             return Line(member.backend, call, tap, partial(gateway.fleet.report, attempt.backend))
 
         def make_head(run: Run, commit: Commit) -> list[Header]:
-            self._first_byte_s = monotonic() - self._started_s
             spent = [one for one in self._runs if one.ended_s is not None]
             return answer_headers(
                 tier=run.attempt.tier,
@@ -162,7 +160,7 @@ class _Exchange:
             )
         except asyncio.CancelledError:
             # The server stops and waits no longer. What was begun must not look complete.
-            if self._first_byte_s is not None:
+            if any(run.committed_s is not None for run in self._runs):
                 await sink.fail(Refusal("shutting_down", "The gateway is stopping."))
             raise
         finally:
@@ -192,7 +190,7 @@ class _Exchange:
             confidence_kind="raw",
             attempts=attempts,
             created_at=self._created_at,
-            first_byte_s=self._first_byte_s,
+            first_byte_s=None if served is None else self._since_start_s(served.committed_s),
             total_s=now_s - self._started_s,
             config=self._gateway.config,
         )
@@ -215,9 +213,12 @@ class _Exchange:
             usage=usage,
             cost=cost_of(self._gateway.prices[run.attempt.tier], usage),
             started_s=run.started_s - self._started_s,
-            first_token_s=None if run.first_token_s is None else run.first_token_s - self._started_s,
+            first_token_s=self._since_start_s(run.first_token_s),
             ended_s=(run.ended_s or now_s) - self._started_s,
         )
+
+    def _since_start_s(self, at_s: float | None) -> float | None:
+        return None if at_s is None else at_s - self._started_s
 
     def _cost_nusd(self, run: Run) -> int:
         return cost_of(self._gateway.prices[run.attempt.tier], _usage_of(run)).total_nusd

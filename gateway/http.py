@@ -31,12 +31,10 @@ def new_id(prefix: str) -> str:
     return prefix + os.urandom(16).hex()
 
 
-def request_id(scope: Scope) -> bytes:
-    """Return the client's own request id where it is sane, else a new one."""
+def request_id(scope: Scope) -> bytes | None:
+    """Return the client's own request id where it is sane."""
     given = header(scope, b"x-request-id")
-    if given is not None and _SANE_ID.fullmatch(given):
-        return given
-    return new_id("req-").encode()
+    return given if given is not None and _SANE_ID.fullmatch(given) else None
 
 
 def trace_headers(scope: Scope) -> tuple[tuple[str, str], ...]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import sys
 from datetime import UTC, datetime
-from typing import Any, BinaryIO, Literal
+from typing import Any, Literal, Protocol
 
 import msgspec
 
@@ -15,10 +15,16 @@ from policies.cost import usd
 _LEVELS = {"debug": logging.DEBUG, "info": logging.INFO, "warning": logging.WARNING, "error": logging.ERROR}
 
 
+class Lines(Protocol):
+    """Where lines go: an unbuffered file."""
+
+    def write(self, line: bytes, /) -> object: ...
+
+
 class ExchangeLog:
     """Writes one line for every exchange and for every refused request."""
 
-    def __init__(self, stream: BinaryIO, *, format: Literal["json", "text"], level: str) -> None:  # noqa: A002
+    def __init__(self, stream: Lines, *, format: Literal["json", "text"], level: str) -> None:  # noqa: A002
         self._stream = stream
         self._text = format == "text"
         self._on = _LEVELS[level] <= logging.INFO
@@ -79,8 +85,8 @@ class ExchangeLog:
             line = f"{now[11:23]} {fields['event']:<8} {shown}".encode("utf-8", "replace")
         else:
             line = msgspec.json.encode({"time": now, **fields})
+        # One unbuffered write a line: lines of several workers do not run into each other.
         self._stream.write(line + b"\n")
-        self._stream.flush()
 
 
 def _short(value: object) -> str:

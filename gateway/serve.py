@@ -28,6 +28,7 @@ from gateway.config.load import Loaded, load
 from gateway.config.model import Config, LocalBackend
 from gateway.config.secrets import resolve_all
 from gateway.log import set_up_logging
+from gateway.protocol import HttpProtocol
 
 _log = logging.getLogger("tierway.serve")
 _RESTART_PAUSE_S = 1.0
@@ -166,12 +167,14 @@ def _http_server(loaded: Loaded, local_urls: Mapping[str, str], place: Place) ->
     server = uvicorn.Server(
         uvicorn.Config(
             app,
-            http="httptools",
+            http=HttpProtocol,
+            proxy_headers=False,
             ws="none",
             lifespan="on",
             log_config=None,
             access_log=False,
             server_header=False,
+            proxy_headers=False,
             timeout_keep_alive=75,
             timeout_graceful_shutdown=max(1, round(loaded.config.server.shutdown_grace)),
         )

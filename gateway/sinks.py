@@ -19,8 +19,8 @@ Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 class Sink(Protocol):
     """Where an answer goes."""
 
-    async def begin(self, headers: list[Header]) -> None:
-        """Commit: what comes from now on is the answer. `headers` are those known so far."""
+    async def begin(self, headers: Callable[[], list[Header]]) -> None:
+        """Commit: what comes from now on is the answer. `headers` tells those known so far."""
         ...
 
     async def write(self, data: bytes) -> None:
@@ -44,7 +44,7 @@ class SseSink:
         self._headers = headers
         self._note_in_usage = note_in_usage
 
-    async def begin(self, headers: list[Header]) -> None:
+    async def begin(self, headers: Callable[[], list[Header]]) -> None:
         await self._send(
             {
                 "type": "http.response.start",
@@ -54,7 +54,7 @@ class SseSink:
                     (b"cache-control", b"no-cache"),
                     (b"x-accel-buffering", b"no"),
                     *self._headers,
-                    *headers,
+                    *headers(),
                 ],
             }
         )
@@ -82,7 +82,7 @@ class JsonSink:
         self._send = send
         self._headers = headers
 
-    async def begin(self, headers: list[Header]) -> None:
+    async def begin(self, headers: Callable[[], list[Header]]) -> None:
         """Wait: the head of a whole answer tells the end of the story."""
 
     async def write(self, data: bytes) -> None:

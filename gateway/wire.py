@@ -11,6 +11,7 @@ searches here rest on that.
 
 from __future__ import annotations
 
+import re
 from math import nan
 from typing import Any, Protocol
 
@@ -103,6 +104,8 @@ _write = msgspec.json.Encoder().encode
 _ORDINARY = b'"finish_reason":null'
 _SCORES = b'"logprobs":{'
 _NO_SCORES = b'"logprobs":null'
+_WIDE_SCORES = re.compile(rb'"logprobs"(?:\s|:\s)')
+_NEXT_KEY = b'},"'
 _VLLM_END = b'},"finish_reason":'
 _LLAMA_END = b']}}],"created":'
 
@@ -312,8 +315,7 @@ class StreamTap(_Tap):
         self._last_kind[choice.index] = kind
         if kind == "answer":
             signals.pieces += spoke
-            for logprob in self._answer_logprobs(choice):
-                signals.add(logprob)
+            signals.add(self._answer_logprobs(choice))
         elif kind == "reasoning":
             signals.reasoning_pieces += spoke
         if choice.finish_reason is not None:
@@ -324,7 +326,7 @@ class StreamTap(_Tap):
         """Take out what is ours, by splice where possible."""
         strip_usage = self._usage_everywhere and b'"usage":' in event
         if not strip_usage and not self._trim_scores:
-            if not self._strip_scores or _SCORES not in event:
+            if not self._strip_scores:
                 return event
             spliced = _without_scores(event)
             if spliced is not None:
@@ -351,8 +353,7 @@ class WholeTap(_Tap):
             signals.pieces += bool(spoken)
             if said is not None and (said.reasoning or said.reasoning_content):
                 signals.reasoning_pieces += 1
-            for logprob in self._answer_logprobs(choice):
-                signals.add(logprob)
+            signals.add(self._answer_logprobs(choice))
         self.events += 1
         self.complete = self.done = True
         return self._client_json(body) if self._strip_scores or self._trim_scores else body
@@ -369,14 +370,15 @@ def _without_scores(text: bytes) -> bytes | None:
     """Replace the log-probabilities of the only choice by null; None where the shape is not a known one."""
     start = text.find(_SCORES)
     if start < 0:
-        return text
+        # Some servers write a blank behind the colon: those may be scores as well.
+        return None if _WIDE_SCORES.search(text) else text
     end = text.find(_VLLM_END, start)
     if end < 0:
         end = text.find(_LLAMA_END, start)
         if end < 0:
             return None
         end += 1
-    if text.find(_SCORES, end) >= 0 or b'"prompt_logprobs":[' in text:
+    if text.find(_SCORES, end) >= 0 or b'"prompt_logprobs":[' in text or text.find(_NEXT_KEY, start, end) >= 0:
         return None
     return b"%b%b%b" % (text[:start], _NO_SCORES, text[end + 1 :])
 

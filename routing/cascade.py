@@ -124,7 +124,8 @@ class Ending(msgspec.Struct, frozen=True, kw_only=True):
 
 Climb = Generator[tuple[Command, ...], Event, Ending]
 
-_Verdict = Literal["accepted", "doubted", "failed", "rejected", "left"]
+# `conceded`: accepted after all, without a threshold.
+_Verdict = Literal["accepted", "conceded", "doubted", "failed", "rejected", "left"]
 
 
 def climb(plan: RoutePlan) -> Climb:
@@ -141,28 +142,36 @@ class _Climber:
         self._judged: list[Judged] = []
         self._open: set[int] = set()
         self._kept: list[int] = []
+        self._cancelled: set[int] = set()
+        self._refused_by: set[int] = set()
+        self._asked_again_to = 0
         self._out: list[Command] = []
 
     def run(self) -> Climb:
+        verdict: _Verdict = "failed"
         for attempts in (self._plan.attempts, self._plan.last_resort):
             verdict = yield from self._ascend(attempts)
-            if verdict == "accepted":
-                return (yield from self._serve(self._judged[-1], degraded=False))
-            if verdict == "left":
-                return (yield from self._close("abandoned"))
+            if verdict == "failed" and not self._kept:
+                verdict = yield from self._ask_again()
             # Backends that are believed dead are not worth a wait while a doubted answer can be served.
-            if any(one.doubted for one in self._judged):
+            if verdict != "failed" or self._kept:
                 break
+        if verdict == "failed" and not self._kept:
+            verdict = yield from self._await_cancelled()
+        if verdict == "left":
+            return (yield from self._close("abandoned"))
+        if verdict in ("accepted", "conceded"):
+            return (yield from self._serve(self._judged[-1], degraded=verdict == "conceded"))
         if self._kept:
             best = max((self._judged[id_ - 1] for id_ in self._kept), key=_rank)
             return (yield from self._serve(best, degraded=True))
-        return (yield from self._ask_again())
+        return (yield from self._close("exhausted"))
 
     def _ascend(self, attempts: tuple[PlannedAttempt, ...]) -> Generator[tuple[Command, ...], Event, _Verdict]:
         """Try attempts in order. A doubt or a refusal goes to the next tier, a failure to the next backend."""
         lowest = 0
         for number, attempt in enumerate(attempts):
-            if attempt.rung < lowest:
+            if attempt.rung < lowest or attempt.rung in self._refused_by:
                 continue
             verdict = yield from self._try(attempt)
             if verdict in ("accepted", "left"):
@@ -170,6 +179,8 @@ class _Climber:
             if verdict == "failed":
                 continue
             lowest = attempt.rung + 1
+            if verdict == "rejected":
+                self._refused_by.add(attempt.rung)
             if verdict == "doubted":
                 above = any(later.rung >= lowest for later in attempts[number + 1 :])
                 self._set_aside(self._judged[-1], keep=self._route.keep_doubted or not above)
@@ -177,7 +188,8 @@ class _Climber:
 
     def _set_aside(self, judged: Judged, *, keep: bool) -> None:
         judged.doubted = True
-        if keep:
+        # A complete answer costs nothing to keep.
+        if keep or judged.id not in self._open:
             self._kept.append(judged.id)
             if judged.id in self._open:
                 self._out.append(Keep(judged.id))
@@ -233,15 +245,31 @@ class _Climber:
             return "doubted" if self._route.doubt_unknown else "accepted"
         return "doubted" if judged.confidence < threshold else "accepted"
 
-    def _ask_again(self) -> Climb:
-        """Every tier above a doubt failed and nothing was kept: the cheapest that did answer is asked once more."""
-        for attempt in [one.attempt for one in self._judged if one.doubted]:
+    def _ask_again(self) -> Generator[tuple[Command, ...], Event, _Verdict]:
+        """Every tier above a doubt failed and nothing was kept: the cheapest that did answer is asked once more.
+
+        Where that fails now, so are the backends of its tier that were not needed before.
+        """
+        doubted = [one.attempt for one in self._judged[self._asked_again_to :] if one.doubted]
+        rungs = {attempt.rung for attempt in doubted}
+        known = {one.attempt.backend for one in self._judged}
+        spare = [one for one in self._plan.attempts if one.rung in rungs and one.backend not in known]
+        for attempt in sorted(doubted + spare, key=lambda one: one.rung):
             verdict = yield from self._try(msgspec.structs.replace(attempt, doubt_below=None))
-            if verdict == "accepted":
-                return (yield from self._serve(self._judged[-1], degraded=True))
             if verdict == "left":
-                return (yield from self._close("abandoned"))
-        return (yield from self._close("exhausted"))
+                return verdict
+            if verdict == "accepted":
+                return "conceded"
+        self._asked_again_to = len(self._judged)
+        return "failed"
+
+    def _await_cancelled(self) -> Generator[tuple[Command, ...], Event, _Verdict]:
+        """Nothing is left but cancelled attempts: one of them may have been complete before it heard of that."""
+        while self._open:
+            event = yield from self._next()
+            if isinstance(event, Left):
+                return "left"
+        return "failed"
 
     def _serve(self, judged: Judged, *, degraded: bool) -> Climb:
         """Commit `judged` and see it to its end."""
@@ -290,7 +318,8 @@ class _Climber:
 
     def _cancel(self, ids: Iterable[int]) -> None:
         gone = {id_ for id_ in ids if id_ in self._open}
-        self._out.extend(Cancel(id_) for id_ in sorted(gone))
+        self._out.extend(Cancel(id_) for id_ in sorted(gone - self._cancelled))
+        self._cancelled |= gone
         self._kept = [id_ for id_ in self._kept if id_ not in gone]
 
     def _next(self) -> Generator[tuple[Command, ...], Event, Event]:
@@ -301,8 +330,10 @@ class _Climber:
             self._open.discard(event.id)
             judged = self._judged[event.id - 1]
             judged.outcome = event.outcome
-            if event.outcome != "completed" and event.id in self._kept:
-                self._kept.remove(event.id)
+            if event.outcome != "completed":
+                self._kept = [id_ for id_ in self._kept if id_ != event.id]
+            elif judged.doubted and event.id not in self._kept:
+                self._kept.append(event.id)
         return event
 
 

@@ -6,6 +6,7 @@ attempt is as sure as its least sure choice.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from math import exp, isnan
 from typing import Protocol
 
@@ -30,10 +31,13 @@ class ChoiceSignals(msgspec.Struct):
         """How many answer tokens have come, as far as can be told."""
         return max(self.scored_tokens, self.pieces)
 
-    def add(self, logprob: float) -> None:
-        """Count one answer token. A log-probability above 0 is a server's rounding and counts as 0."""
-        self.scored_tokens += 1
-        self.logprob_sum += logprob if logprob < 0.0 or isnan(logprob) else 0.0
+    def add(self, logprobs: Sequence[float]) -> None:
+        """Count answer tokens. A log-probability above 0 is a server's rounding and counts as 0; NaN spoils the sum."""
+        if logprobs:
+            self.scored_tokens += len(logprobs)
+            self.logprob_sum += (
+                sum(logprobs) if max(logprobs) <= 0.0 else sum(0.0 if one > 0 else one for one in logprobs)
+            )
 
 
 Signals = dict[int, ChoiceSignals]
