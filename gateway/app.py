@@ -132,7 +132,7 @@ def build(loaded: Loaded, *, local_urls: Mapping[str, str] | None = None, place:
 
 
 def _unbuffered_stderr() -> BinaryIO:
-    return open(sys.stderr.fileno(), "wb", buffering=0, closefd=False)  # noqa: PTH123, SIM115 - as long as the process
+    return open(sys.stderr.fileno(), "wb", buffering=0, closefd=False)
 
 
 def caller_of(key: noun.Key) -> Caller:

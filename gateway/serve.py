@@ -174,7 +174,6 @@ def _http_server(loaded: Loaded, local_urls: Mapping[str, str], place: Place) ->
             log_config=None,
             access_log=False,
             server_header=False,
-            proxy_headers=False,
             timeout_keep_alive=75,
             timeout_graceful_shutdown=max(1, round(loaded.config.server.shutdown_grace)),
         )
