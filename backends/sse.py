@@ -15,6 +15,7 @@ class EventSplitter:
 
     def __init__(self) -> None:
         self._rest = b""
+        self._after_cr = False
 
     @property
     def pending_bytes(self) -> int:
@@ -23,10 +24,15 @@ class EventSplitter:
 
     def feed(self, data: bytes) -> list[bytes]:
         """Take bytes, return the events they complete."""
+        if self._after_cr and data:
+            # The other half of a CRLF that was cut: its first half has ended the line already.
+            data = data.removeprefix(b"\n")
+            self._after_cr = False
+        if b"\r" in data:
+            self._after_cr = data.endswith(b"\r")
+            data = data.replace(b"\r\n", b"\n").replace(b"\r", b"\n")
         if self._rest:
             data = self._rest + data
-        if b"\r" in data:
-            data = self._with_plain_line_ends(data)
         parts = data.split(b"\n\n")
         self._rest = parts.pop()
         # A surplus empty line before an event is no part of it.
@@ -36,12 +42,6 @@ class EventSplitter:
         """Return what never became a complete event."""
         rest, self._rest = self._rest, b""
         return rest
-
-    @staticmethod
-    def _with_plain_line_ends(data: bytes) -> bytes:
-        # A CR at the very end may be the first half of a CRLF: it stays as it is until its other half is here.
-        last = b"\r" if data.endswith(b"\r") else b""
-        return data[: len(data) - len(last)].replace(b"\r\n", b"\n").replace(b"\r", b"\n") + last
 
 
 def data_of(event: bytes) -> bytes | None:

@@ -11,6 +11,7 @@ import ssl
 from collections.abc import AsyncIterator
 from contextlib import AbstractAsyncContextManager, suppress
 from http import HTTPStatus
+from math import isfinite
 from types import TracebackType
 from typing import Self
 
@@ -38,6 +39,7 @@ _LARGEST_ERROR_BYTES = 64 * 1024
 _LARGEST_EVENT_BYTES = 16 * 1024 * 1024
 _LARGEST_ANSWER_BYTES = 256 * 1024 * 1024
 _LONGEST_MESSAGE_CHARS = 1000
+_LONGEST_ADVICE_S = 86_400.0
 _LAST_READ_S = 1.0
 _WRITE_BYTES = 64 * 1024
 _QUIET_HEADERS = ("User-Agent", "Accept", "Accept-Encoding", "Content-Type")
@@ -394,10 +396,7 @@ def fault_of(status: int, body: bytes, retry_after: str | None = None) -> Backen
     if status in (HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN, HTTPStatus.PROXY_AUTHENTICATION_REQUIRED):
         return Broken(f"it refuses our credentials ({status})")
     if status in (HTTPStatus.TOO_MANY_REQUESTS, HTTPStatus.SERVICE_UNAVAILABLE):
-        seconds: float | None = None
-        with suppress(TypeError, ValueError):
-            seconds = max(0.0, float(retry_after)) if retry_after is not None else None
-        return Overloaded(f"it has no room ({status})", seconds)
+        return Overloaded(f"it has no room ({status})", _seconds_of(retry_after))
     if status == HTTPStatus.INTERNAL_SERVER_ERROR and b"image input is not supported" in body:
         # llama.cpp's answer to a picture that its model cannot see is a refusal, whatever its status.
         return Rejected(HTTPStatus.BAD_REQUEST, "This model takes no images.", param="messages")
@@ -409,6 +408,14 @@ def fault_of(status: int, body: bytes, retry_after: str | None = None) -> Backen
                 return Broken("it does not serve the model id that is configured")
             return _rejection(status, error)
     return Broken(f"it answers {status}")
+
+
+def _seconds_of(retry_after: str | None) -> float | None:
+    # A date is as good as no advice; what is not finite, or more than a day, is nobody's.
+    with suppress(ValueError):
+        advice_s = float(retry_after or "")
+        return min(max(0.0, advice_s), _LONGEST_ADVICE_S) if isfinite(advice_s) else None
+    return None
 
 
 def _rejection(status: int, error: _ErrorBody) -> Rejected:

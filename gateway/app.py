@@ -28,7 +28,7 @@ from gateway.config import model as noun
 from gateway.config.load import Loaded, model_id
 from gateway.config.secrets import Secret, resolve_all
 from gateway.decision import DecisionStore
-from gateway.edge import Edge, on_fault, on_http_exception, on_refusal
+from gateway.edge import Edge, Shortcut, on_fault, on_http_exception, on_refusal
 from gateway.endpoints import Endpoints
 from gateway.errors import Refusal
 from gateway.exchange import Gateway
@@ -110,19 +110,21 @@ def build(loaded: Loaded, *, local_urls: Mapping[str, str] | None = None, place:
             probing.cancel()
             await asyncio.wait([probing])
             await peers.close()
+            gateway.log.flush()
             await bodies.close()
             await pool.close()
 
+    endpoints = Endpoints(gateway, peers)
     app = Starlette(
-        routes=Endpoints(gateway, peers).routes(),
+        routes=endpoints.routes(),
         exception_handlers={HTTPException: on_http_exception, Refusal: on_refusal, Exception: on_fault},
         lifespan=lifespan,
     )
     app.router.redirect_slashes = False
-    inner: ASGIApp = app
+    inner: ASGIApp = Shortcut(app, endpoints.busiest())
     if config.server.cors_origins:
         inner = CORSMiddleware(
-            app,
+            inner,
             allow_origins=config.server.cors_origins,
             allow_methods=["GET", "POST"],
             allow_headers=["*"],

@@ -269,15 +269,15 @@ def _converted(fields: object, wanted: type[_T]) -> _T:
         raise _named(str(error)) from None
 
 
-_AT = re.compile(r"(?s)(.*?)(?: - at `(?:key in )?\$\.?(.*)`)?$")
+_AT = " - at `"
 _MISSING = re.compile(r"Object missing required field `(.*)`")
 
 
 def _named(message: str) -> Refusal:
     """Say what msgspec found wrong in the words of the API: the field's path first."""
-    found = _AT.match(message)
-    what, path = (found[1], found[2] or "") if found else (message, "")
-    path = path[:_LONGEST_NAME_CHARS]
+    # The path stands last. What stands before it may quote the client, who could write such a path as well.
+    what, _, path = message.rpartition(_AT) if message.endswith("`") and _AT in message else (message, "", "")
+    path = path[:-1].removeprefix("key in `").removeprefix("$").removeprefix(".")[:_LONGEST_NAME_CHARS]
     missing = _MISSING.match(what)
     if missing:
         name = f"{path}.{missing[1]}" if path else missing[1]
@@ -329,6 +329,6 @@ def _completion_facts(completion: _Completion) -> Asked:
         choices=each * len(prompts),
         max_tokens=completion.max_tokens,
         logprobs=completion.logprobs,
-        echoed_chars=tuple(len(one) for one in prompts if isinstance(one, str) for _ in range(each)) if echo else (),
-        echoed_tokens=tuple(len(one) for one in prompts if isinstance(one, list) for _ in range(each)) if echo else (),
+        echoed_chars=tuple(len(one) for one in prompts if isinstance(one, str)) if echo else (),
+        echoed_tokens=tuple(len(one) for one in prompts if isinstance(one, list)) if echo else (),
     )

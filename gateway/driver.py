@@ -135,6 +135,9 @@ class Run:
             self.fault, outcome = fault, "rejected"
         except BackendFault as fault:
             self.fault = fault
+            if self.tap.complete:
+                # What came after the end of the answer, a bill at most, does not make it less of an answer.
+                outcome = "completed"
         except asyncio.CancelledError:
             # Nobody awaits this task for its result: a cancelled attempt is an outcome, told like any other.
             outcome = "cancelled"
@@ -151,20 +154,22 @@ class Run:
                     await self._pass(chunks)
                 else:
                     await self._hold(chunks)
-        if not self.tap.complete:
+        if not self.tap.ended:
             raise Broken("its stream ended before its answer did")
 
     async def _pass(self, chunks: list[bytes]) -> None:
         tap = self.tap
         out: list[bytes] = []
-        for chunk in chunks:
-            passed = tap.feed(chunk)
-            if passed is None:
-                continue
-            # From the last finish_reason on everything waits for the record: clients stop reading there.
-            (self.tail if tap.complete else out).append(passed)
-        if out:
-            await self._sink.write(out[0] if len(out) == 1 else b"".join(out))
+        try:
+            for chunk in chunks:
+                passed = tap.feed(chunk)
+                if passed is not None:
+                    # From the last finish_reason on everything waits for the record: clients stop reading there.
+                    (self.tail if tap.complete else out).append(passed)
+        finally:
+            # Also what came in good order just before a fault.
+            if out:
+                await self._sink.write(out[0] if len(out) == 1 else b"".join(out))
 
     async def _hold(self, chunks: list[bytes]) -> None:
         tap = self.tap

@@ -13,6 +13,7 @@ from starlette.routing import BaseRoute, Route
 from backends.backend import Endpoint
 from gateway import __version__
 from gateway.decision import as_json
+from gateway.edge import App
 from gateway.errors import Refusal
 from gateway.exchange import Gateway, exchange, find_route
 from gateway.http import Receive, Scope, authenticate
@@ -42,11 +43,17 @@ class Endpoints:
         self._peers = peers
         self._started_at = int(time())
 
+    def busiest(self) -> dict[tuple[str, str], App]:
+        """Return the raw applications behind the routes that models answer, by method and path."""
+        return {
+            ("POST", "/v1/chat/completions"): ExchangeEndpoint(self._gateway, "chat/completions"),
+            ("POST", "/v1/completions"): ExchangeEndpoint(self._gateway, "completions"),
+        }
+
     def routes(self) -> list[BaseRoute]:
-        """Return all routes, the busiest first."""
+        """Return all routes."""
         return [
-            Route("/v1/chat/completions", ExchangeEndpoint(self._gateway, "chat/completions"), methods=["POST"]),
-            Route("/v1/completions", ExchangeEndpoint(self._gateway, "completions"), methods=["POST"]),
+            *(Route(path, app, methods=[method]) for (method, path), app in self.busiest().items()),
             Route("/v1/models", self._models, methods=["GET"]),
             Route("/v1/models/{name:path}", self._model, methods=["GET"]),
             Route("/v1/requests/{exchange_id}", self._decision, methods=["GET"]),

@@ -99,7 +99,10 @@ class Metrics:
                 **{name: dict(series) for name, series in self._counters.items()},
                 "tierway_open_exchanges": {(): float(self.open_exchanges)},
             },
-            histograms={name: dict(lists) for name, lists in self._histograms.items()},
+            histograms={
+                name: {labels: [*values] for labels, values in lists.items()}
+                for name, lists in self._histograms.items()
+            },
         )
 
 
@@ -109,7 +112,7 @@ def render(snapshot: Snapshot, *, up: Mapping[str, bool | None], version: str, c
     for family in (_EXCHANGES, _REFUSALS, _ATTEMPTS, _TOKENS, _COST, _DEGRADED):
         series = snapshot.counters.get(family.name, {})
         lines += _head(family, "counter")
-        lines += [f"{family.name}{_labels(family.labels, labels)} {value:.12g}" for labels, value in series.items()]
+        lines += [f"{family.name}{_labels(family.labels, labels)} {value:.15g}" for labels, value in series.items()]
     for family in (_FIRST_BYTE, _DURATION):
         lines += _head(family, "histogram")
         for labels, values in snapshot.histograms.get(family.name, {}).items():
@@ -143,6 +146,6 @@ def _buckets(family: _Family, labels: Labels, values: list[float]) -> list[str]:
     for bound, count in zip((*_BOUNDS_S, float("inf")), values[:-1], strict=True):
         total += count
         edge = "+Inf" if bound == float("inf") else f"{bound:g}"
-        lines.append(f"{family.name}_bucket{_labels((*family.labels, 'le'), (*labels, edge))} {total:g}")
+        lines.append(f"{family.name}_bucket{_labels((*family.labels, 'le'), (*labels, edge))} {total:.15g}")
     shown = _labels(family.labels, labels)
-    return [*lines, f"{family.name}_sum{shown} {values[-1]:.9g}", f"{family.name}_count{shown} {total:g}"]
+    return [*lines, f"{family.name}_sum{shown} {values[-1]:.15g}", f"{family.name}_count{shown} {total:.15g}"]

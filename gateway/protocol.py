@@ -17,7 +17,7 @@ import httptools
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
 
 from gateway.errors import Refusal
-from gateway.http import request_id
+from gateway.http import new_id, request_id
 
 _LARGEST_HEAD_BYTES = 64 * 1024
 _LINGER_S = 1.0
@@ -101,6 +101,7 @@ class HttpProtocol(HttpToolsProtocol):
         lines = [b"%b %b HTTP/%b\r\n" % (self.parser.get_method(), self.url, version)]
         lines += [b"%b: %b\r\n" % line for line in self.headers if line[0] != b"upgrade"]
         self.parser = httptools.HttpRequestParser(self)
+        self.parser.set_dangerous_leniencies(lenient_data_after_close=True)  # as uvicorn's own
         return b"".join([*lines, b"\r\n", rest])
 
     # -- the application's side -----------------------------------------------------------------------------------
@@ -124,7 +125,7 @@ class HttpProtocol(HttpToolsProtocol):
             *self.server_state.default_headers,
             (b"content-type", b"application/json"),
             (b"content-length", b"%d" % len(body)),
-            (b"x-request-id", request_id({"headers": self.headers or ()})),
+            (b"x-request-id", request_id({"headers": self.headers or ()}) or new_id("req-").encode()),
             (b"connection", b"close"),
             *refusal.headers(),
         ]

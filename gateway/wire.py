@@ -94,7 +94,7 @@ class _Choice(msgspec.Struct):
 class _Answer(msgspec.Struct):
     choices: list[_Choice] | None = None
     usage: _Usage | None = None
-    error: msgspec.Raw | None = None
+    error: Any = None
 
 
 _read_answer = msgspec.json.Decoder(_Answer).decode
@@ -126,6 +126,11 @@ class Tap(Protocol):
         """Whether anything of an answer, or of its reasoning, has come."""
         ...
 
+    @property
+    def ended(self) -> bool:
+        """Whether every choice that began has finished: all there is, even if fewer than were asked for."""
+        ...
+
     def usage(self) -> TokenUsage:
         """Return what the server reported, or what we counted where it reported nothing that can be true."""
         ...
@@ -153,6 +158,10 @@ class _Tap:
         self._strip_scores = scored and asked.logprobs is None
         self._trim_scores = scored and asked.logprobs == 0
         self._reported: _Usage | None = None
+        self._reported_at = 0
+        self._spoken_tokens = 0
+        self._text_chars: dict[int, int] = {}
+        self._score_tokens: dict[int, int] = {}
         self.signals: Signals = {}
         self.events = 0
         self.complete = False
@@ -170,16 +179,23 @@ class _Tap:
             return [nan if one.logprob is None else one.logprob for one in tokens]
         if scores.token_logprobs is None:
             return []
-        first = self._echoed(choice.index, scores)
+        first = self._echoed(choice, scores.token_logprobs, scores.text_offset or [])
         return [nan if one is None else one for one in scores.token_logprobs[first:]]
 
-    def _echoed(self, index: int, scores: _Logprobs) -> int:
-        """How many of the tokens are the prompt's, repeated because of `echo`."""
-        if index < len(self._asked.echoed_tokens):
-            return self._asked.echoed_tokens[index]
-        if index < len(self._asked.echoed_chars) and scores.text_offset:
-            chars = self._asked.echoed_chars[index]
-            return sum(offset < chars for offset in scores.text_offset)
+    def _echoed(self, choice: _Choice, scores: list[float | None], offsets: list[int]) -> int:
+        """How many of the tokens are the prompt's, repeated because of `echo`.
+
+        The prompt comes first. Once it has been repeated, vLLM counts its offsets anew: they say nothing then.
+        """
+        asked, index = self._asked, choice.index
+        if asked.echoed_tokens:
+            seen = self._score_tokens.get(index, 0)
+            self._score_tokens[index] = seen + len(scores)
+            return max(0, _of_choice(asked.echoed_tokens, index, asked.choices) - seen)
+        if asked.echoed_chars:
+            chars, seen = _of_choice(asked.echoed_chars, index, asked.choices), self._text_chars.get(index, 0)
+            self._text_chars[index] = seen + len(choice.text or "")
+            return sum(offset < chars for offset in offsets) if seen < chars else 0
         return 0
 
     def usage(self) -> TokenUsage:
@@ -187,7 +203,9 @@ class _Tap:
         reported = self._reported
         if reported is not None and reported.prompt_tokens >= 0 and (reported.completion_tokens or 0) >= 0:
             prompt, completion = reported.prompt_tokens_details, reported.completion_tokens_details
-            billed_tokens = reported.completion_tokens or 0
+            # A bill in the middle of a stream is out of date with the next token.
+            unbilled_tokens = max(0, self.events - self._reported_at)
+            billed_tokens = (reported.completion_tokens or 0) + unbilled_tokens
             # llama.cpp bills one choice of several: what was seen is the least that was made.
             seen_tokens = self._seen_tokens() if self._asked.choices > 1 else 0
             return TokenUsage(
@@ -195,15 +213,24 @@ class _Tap:
                 cached_prompt_tokens=max(0, (prompt.cached_tokens or 0) if prompt else 0),
                 completion_tokens=max(billed_tokens, seen_tokens),
                 reasoning_tokens=max(0, (completion.reasoning_tokens or 0) if completion else 0),
-                counted=seen_tokens > billed_tokens,
+                counted=unbilled_tokens > 0 or seen_tokens > billed_tokens,
             )
-        # A token is an event on the wire, near enough; a prompt has about four bytes a token.
-        return TokenUsage(prompt_tokens=-(-self._asked.prompt_bytes // 4), completion_tokens=self.events, counted=True)
+        # A token is an event on the wire, near enough; what comes whole has about four bytes a token.
+        return TokenUsage(
+            prompt_tokens=-(-self._asked.prompt_bytes // 4),
+            completion_tokens=max(self.events, self._spoken_tokens),
+            counted=True,
+        )
 
     def _seen_tokens(self) -> int:
         """How many tokens there are at least. The first and the last event of a choice in a stream carry none."""
         scored_tokens = sum(one.scored_tokens for one in self.signals.values())
         return max(scored_tokens, self.events - 2 * self._asked.choices)
+
+    @property
+    def ended(self) -> bool:
+        """Whether every choice that began has finished."""
+        return bool(self.signals) and all(one.finished for one in self.signals.values())
 
     @property
     def begun(self) -> bool:
@@ -215,11 +242,12 @@ class _Tap:
             spliced = _without_scores(payload)
             if spliced is not None:
                 return spliced
-        answer = _read_any(payload)
+        answer = _decoded_anew(payload)
         if strip_usage:
             answer.pop("usage", None)
-        for choice in answer.get("choices") or ():
-            scores = choice.get("logprobs")
+        choices = answer.get("choices")
+        for choice in choices if isinstance(choices, list) else ():
+            scores = choice.get("logprobs") if isinstance(choice, dict) else None
             if not isinstance(scores, dict):
                 continue
             if self._strip_scores:
@@ -269,11 +297,12 @@ class StreamTap(_Tap):
             self.done = True
             return None
         answer = _decoded(payload)
-        if answer.error is not None and answer.error != b"null":
+        if answer.error is not None:
             raise Broken("it reports an error in the middle of its answer")
         choices = answer.choices or ()
         if answer.usage is not None:
             self._reported = answer.usage
+            self._reported_at = self.events + bool(choices)
         for choice in choices:
             self._read_delta(choice)
         if not choices:
@@ -282,7 +311,8 @@ class StreamTap(_Tap):
             return event if wanted else None
         self.events += 1
         if b'"usage":' in event and not self._asked.usage_everywhere:
-            self._usage_everywhere = True
+            # OpenAI's chunks have a usage of null where usage was asked for.
+            self._usage_everywhere |= not self._asked.usage_wanted or answer.usage is not None
         if self._unread and all(one.answer_tokens >= self._read_tokens for one in self.signals.values()):
             self._unread = not any(one.pieces or one.reasoning_pieces for one in self.signals.values())
         self.complete = len(self._finished) >= self._asked.choices
@@ -318,7 +348,7 @@ class StreamTap(_Tap):
             signals.add(self._answer_logprobs(choice))
         elif kind == "reasoning":
             signals.reasoning_pieces += spoke
-        if choice.finish_reason is not None:
+        if choice.finish_reason:
             signals.finished = True
             self._finished.add(choice.index)
 
@@ -341,11 +371,10 @@ class WholeTap(_Tap):
     def feed(self, body: bytes) -> bytes | None:
         """Take a whole answer, return the client's. Raises `Broken` where it is none."""
         answer = _decoded(body)
-        if answer.error is not None and answer.error != b"null":
+        if answer.error is not None:
             raise Broken("it answers 200 with an error in it")
         if not answer.choices:
             raise Broken("its answer has no choices")
-        self._reported = answer.usage
         for choice in answer.choices:
             signals = self.signals[choice.index] = ChoiceSignals(finished=True)
             said = choice.message
@@ -354,7 +383,9 @@ class WholeTap(_Tap):
             if said is not None and (said.reasoning or said.reasoning_content):
                 signals.reasoning_pieces += 1
             signals.add(self._answer_logprobs(choice))
+            self._spoken_tokens += max(signals.scored_tokens, -(-len(spoken.encode()) // 4))
         self.events += 1
+        self._reported, self._reported_at = answer.usage, self.events
         self.complete = self.done = True
         return self._client_json(body) if self._strip_scores or self._trim_scores else body
 
@@ -364,6 +395,19 @@ def _decoded(payload: bytes) -> _Answer:
         return _read_answer(payload)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise Broken(f"its answer is not in OpenAI's shape: {error}") from None
+
+
+def _decoded_anew(payload: bytes) -> dict[str, Any]:
+    try:
+        return _read_any(payload)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise Broken(f"its answer is not JSON: {error}") from None
+
+
+def _of_choice(echoed: tuple[int, ...], index: int, choices: int) -> int:
+    """Return what is repeated of the prompt that choice belongs to: every prompt has as many choices."""
+    number = index // max(1, choices // len(echoed))
+    return echoed[number] if number < len(echoed) else 0
 
 
 def _without_scores(text: bytes) -> bytes | None:
@@ -392,8 +436,10 @@ def _usage_chunk(payload: bytes) -> bytes:
 
 def _trim(scores: dict[str, Any]) -> None:
     """Leave only the token that was taken: the client asked for no alternatives."""
-    for token in scores.get("content") or ():
-        token["top_logprobs"] = []
+    content = scores.get("content")
+    for token in content if isinstance(content, list) else ():
+        if isinstance(token, dict):
+            token["top_logprobs"] = []
     tops, tokens = scores.get("top_logprobs"), scores.get("tokens")
     if isinstance(tops, list) and isinstance(tokens, list):
         scores["top_logprobs"] = [

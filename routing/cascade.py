@@ -252,8 +252,8 @@ class _Climber:
         """
         doubted = [one.attempt for one in self._judged[self._asked_again_to :] if one.doubted]
         rungs = {attempt.rung for attempt in doubted}
-        known = {one.attempt.backend for one in self._judged}
-        spare = [one for one in self._plan.attempts if one.rung in rungs and one.backend not in known]
+        known = {(one.attempt.rung, one.attempt.backend) for one in self._judged}
+        spare = [one for one in self._plan.attempts if one.rung in rungs and (one.rung, one.backend) not in known]
         for attempt in sorted(doubted + spare, key=lambda one: one.rung):
             verdict = yield from self._try(msgspec.structs.replace(attempt, doubt_below=None))
             if verdict == "left":
@@ -317,7 +317,9 @@ class _Climber:
         self._cancel([id_ for id_ in self._kept if id_ in self._open])
 
     def _cancel(self, ids: Iterable[int]) -> None:
-        gone = {id_ for id_ in ids if id_ in self._open}
+        gone = self._open.intersection(ids)
+        if not gone:
+            return
         self._out.extend(Cancel(id_) for id_ in sorted(gone - self._cancelled))
         self._cancelled |= gone
         self._kept = [id_ for id_ in self._kept if id_ not in gone]

@@ -1,0 +1,1 @@
+"""Is tierway what it says? The tree mirrors the source; real servers come from `tests/servers`."""
