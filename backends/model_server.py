@@ -30,6 +30,9 @@ _ERRORS_ONLY = 1  # llama.cpp's verbosity: 1 errors, 2 warnings, 3 information
 # Prompts that left their slot are kept in memory, 8 GiB of them by llama.cpp's default: too many beside other models.
 _PROMPT_CACHE_MIB = 256
 
+# A small model that falls into a loop never ends by itself; without a limit of the caller's this is where it stops.
+_LONGEST_ANSWER_TOKENS = 1024
+
 
 class ServerSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """What a model server needs to know; crosses to the child as JSON in its one argument.
@@ -92,6 +95,7 @@ def _serve(settings: ServerSettings) -> tuple[object, int]:
     params.port = settings.port
     params.n_parallel = settings.parallel
     params.n_ctx = settings.context_tokens * settings.parallel  # the library divides it among the slots
+    params.n_predict = _LONGEST_ANSWER_TOKENS
     params.cpuparams.n_threads = settings.threads
     params.cpuparams_batch.n_threads = settings.threads
     params.cache_ram_mib = _PROMPT_CACHE_MIB

@@ -158,8 +158,8 @@ def _say_how_to_ask(config: Config, url: str, local_urls: Mapping[str, str], say
     say(f"tierway serves {', '.join(tier.name for tier in config.tiers if tier.name not in missing)} on {url}. Try:")
     say("")
     say(f"  curl -i {url}/v1/chat/completions -H 'Authorization: Bearer {key}' -H 'Content-Type: application/json' \\")
-    question = '{"role": "user", "content": "What is the capital of France?"}'
-    say(f"""    -d '{{"model": "{model}", "messages": [{question}]}}'""")
+    question = '{"role": "user", "content": "What is the capital of Japan?"}'
+    say(f"""    -d '{{"model": "{model}", "temperature": 0, "max_tokens": 64, "messages": [{question}]}}'""")
     say("")
 
 
