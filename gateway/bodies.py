@@ -18,10 +18,12 @@ import msgspec
 from backends.backend import Endpoint
 from gateway.body import Body, read_body
 from gateway.errors import Refusal
+from gateway.http import joined
 
 _INLINE_BYTES = 48 * 1024
 _SLICE_BYTES = 256 * 1024
-_HEADER = struct.Struct("!BQ")
+_HEADER = struct.Struct("!BQ")  # the endpoint, the size of the body
+_REPLY = struct.Struct("!IQ")  # the size of what is told of it, that of its `rest`, which is never copied for a codec
 _ENDPOINTS: tuple[Endpoint, ...] = ("chat/completions", "completions")
 
 
@@ -56,13 +58,13 @@ class BodyReader:
         if len(raw) <= _INLINE_BYTES:
             return read_body(endpoint, raw)
         # Shielded, because a request that is cancelled in the middle must not leave half a reply in the pipe.
-        reply = await asyncio.shield(asyncio.ensure_future(self._ask(endpoint, raw)))
-        answer = _decode(reply)
+        told, parts = await asyncio.shield(asyncio.ensure_future(self._ask(endpoint, raw)))
+        answer = _decode(told)
         if isinstance(answer, _Refused):
             raise Refusal(answer.code, answer.message, param=answer.param)
-        return answer.body
+        return msgspec.structs.replace(answer.body, rest=await joined(parts))
 
-    async def _ask(self, endpoint: Endpoint, raw: bytes) -> bytes:
+    async def _ask(self, endpoint: Endpoint, raw: bytes) -> tuple[bytes, list[bytes]]:
         async with self._turn:
             try:
                 return await self._ask_child(endpoint, raw)
@@ -71,7 +73,7 @@ class BodyReader:
                 self._child = None
                 return await self._ask_child(endpoint, raw)
 
-    async def _ask_child(self, endpoint: Endpoint, raw: bytes) -> bytes:
+    async def _ask_child(self, endpoint: Endpoint, raw: bytes) -> tuple[bytes, list[bytes]]:
         child = await self._started()
         if child.stdin is None or child.stdout is None:
             raise ConnectionError("the child has no pipes")
@@ -80,7 +82,8 @@ class BodyReader:
         for start in range(0, len(raw), _SLICE_BYTES):
             child.stdin.write(view[start : start + _SLICE_BYTES])
             await child.stdin.drain()
-        _, size_bytes = _HEADER.unpack(await child.stdout.readexactly(_HEADER.size))
+        told_bytes, size_bytes = _REPLY.unpack(await child.stdout.readexactly(_REPLY.size))
+        told = await child.stdout.readexactly(told_bytes)
         parts: list[bytes] = []
         while size_bytes:
             part = await child.stdout.read(min(size_bytes, _SLICE_BYTES))
@@ -88,7 +91,7 @@ class BodyReader:
                 raise ConnectionError("the child has gone")
             parts.append(part)
             size_bytes -= len(part)
-        return b"".join(parts)
+        return told, parts
 
     async def _started(self) -> asyncio.subprocess.Process:
         child = self._child
@@ -121,12 +124,16 @@ def _serve() -> None:
         raw = source.read(size_bytes)
         if len(raw) < size_bytes:
             return
+        rest = b""
         try:
-            reply = _encode(_Read(read_body(_ENDPOINTS[number], raw)))
+            body = read_body(_ENDPOINTS[number], raw)
+            rest = body.rest
+            told = _encode(_Read(msgspec.structs.replace(body, rest=b"")))
         except Refusal as refusal:
-            reply = _encode(_Refused(refusal.code, refusal.message, refusal.param))
-        target.write(_HEADER.pack(0, len(reply)))
-        target.write(reply)
+            told = _encode(_Refused(refusal.code, refusal.message, refusal.param))
+        target.write(_REPLY.pack(len(told), len(rest)))
+        target.write(told)
+        target.write(rest)
         target.flush()
 
 

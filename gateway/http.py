@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import re
 from collections.abc import Awaitable, Callable, MutableMapping
@@ -13,6 +14,7 @@ from policies.access import Caller, Keyring
 Scope = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 
+_JOINED_HERE_BYTES = 1024 * 1024
 _SANE_ID = re.compile(rb"[A-Za-z0-9._:/+=@,-]{1,128}")
 _SANE_TRACE = re.compile(rb"[\x21-\x7e]{1,512}")
 
@@ -92,7 +94,14 @@ async def read_raw_body(scope: Scope, receive: Receive, limit_bytes: int) -> byt
             raise _too_large(limit_bytes)
     if message["type"] != "http.request":
         raise Refusal("incomplete_body", "The connection closed before the whole body had come.")
-    return b"".join(parts)
+    return await joined(parts)
+
+
+async def joined(parts: list[bytes]) -> bytes:
+    """Join parts of a body. Megabytes are joined in a thread: `join` lets go of the interpreter while it copies."""
+    if sum(map(len, parts)) <= _JOINED_HERE_BYTES:
+        return b"".join(parts)
+    return await asyncio.to_thread(b"".join, parts)
 
 
 def _too_large(limit_bytes: int) -> Refusal:

@@ -105,6 +105,8 @@ _ORDINARY = b'"finish_reason":null'
 _SCORES = b'"logprobs":{'
 _NO_SCORES = b'"logprobs":null'
 _WIDE_SCORES = re.compile(rb'"logprobs"(?:\s|:\s)')
+_USAGE = re.compile(rb'"usage"\s*:')
+_NEXT_CHOICE = b"}},{"
 _NEXT_KEY = b'},"'
 _VLLM_END = b'},"finish_reason":'
 _LLAMA_END = b']}}],"created":'
@@ -310,7 +312,7 @@ class StreamTap(_Tap):
             wanted = (self._asked.usage_wanted and self.complete) or answer.usage is None
             return event if wanted else None
         self.events += 1
-        if b'"usage":' in event and not self._asked.usage_everywhere:
+        if not self._asked.usage_everywhere and _USAGE.search(event):
             # OpenAI's chunks have a usage of null where usage was asked for.
             self._usage_everywhere |= not self._asked.usage_wanted or answer.usage is not None
         if self._unread and all(one.answer_tokens >= self._read_tokens for one in self.signals.values()):
@@ -354,7 +356,7 @@ class StreamTap(_Tap):
 
     def _rewritten(self, event: bytes) -> bytes:
         """Take out what is ours, by splice where possible."""
-        strip_usage = self._usage_everywhere and b'"usage":' in event
+        strip_usage = self._usage_everywhere and _USAGE.search(event) is not None
         if not strip_usage and not self._trim_scores:
             if not self._strip_scores:
                 return event
@@ -419,7 +421,7 @@ def _without_scores(text: bytes) -> bytes | None:
     end = text.find(_VLLM_END, start)
     if end < 0:
         end = text.find(_LLAMA_END, start)
-        if end < 0:
+        if end < 0 or text.find(_NEXT_CHOICE, start, end) >= 0:
             return None
         end += 1
     if text.find(_SCORES, end) >= 0 or b'"prompt_logprobs":[' in text or text.find(_NEXT_KEY, start, end) >= 0:
