@@ -216,11 +216,13 @@ def _decoded(raw: bytes) -> dict[str, object]:
     except UnicodeDecodeError:
         raise Refusal("invalid_json", "The body is not valid UTF-8.") from None
     except msgspec.DecodeError as error:
-        if _SURROGATE.search(raw):
+        said = str(error)
+        # A half close to the end looks to the decoder as if the rest was missing.
+        if "surrogate" in said or ("truncated" in said and _SURROGATE.search(raw)):
             raise Refusal(
                 "invalid_json", "The body has half a surrogate pair (\\uD800 to \\uDFFF) in a string."
             ) from None
-        raise Refusal("invalid_json", f"The body is not valid JSON: {error}.") from None
+        raise Refusal("invalid_json", f"The body is not valid JSON: {said}.") from None
     if not isinstance(fields, dict):
         raise Refusal("invalid_type", "The body must be a JSON object.")
     if raw.count(b"{") + raw.count(b"[") > _DEEPEST:
@@ -253,6 +255,7 @@ def _too_deep() -> Refusal:
 def _check_integers(value: object, path: str = "") -> None:
     if isinstance(value, int):
         if not -(2**63) <= value < 2**64:
+            path = path[:_LONGEST_NAME_CHARS]
             raise Refusal("invalid_value", f"'{path}' is an integer out of range.", param=path)
     elif isinstance(value, dict):
         for key, inner in value.items():

@@ -1,7 +1,9 @@
 """How does the gateway run? Local models first, then the HTTP server, in one process or in several.
 
-The process that is started owns the local models, alone. With several workers it also owns the listening socket, and
-starts a worker again when it dies; the workers end with it, however it ends.
+The process that is started owns the local models, alone. With several workers it also owns their listening sockets, and
+starts a worker again when it dies. Each worker has a socket of its own on the same port, so that the kernel spreads
+connections evenly, and one that nobody has accepted yet outlives the death of a worker: it waits for the next one. The
+workers end with their parent, however it ends.
 """
 
 from __future__ import annotations
@@ -32,7 +34,8 @@ from gateway.log import set_up_logging
 from gateway.protocol import HttpProtocol
 
 _log = logging.getLogger("tierway.serve")
-_RESTART_PAUSE_S = 1.0
+_RESTART_PAUSE_S = 0.25
+_BACKLOG = 2048
 _DEMO_KEY = "tw-demo-local-only-key"
 
 Say = Callable[[str], None]
@@ -55,11 +58,11 @@ def serve(loaded: Loaded, *, workers: int, host: str, port: int, say: Say) -> No
     set_up_logging(format=config.telemetry.log.format, level=config.telemetry.log.level)
     resolve_all(loaded)
     # The port is taken before anything slow, so that a second gateway says so at once.
-    listening = _listen(host, port)
+    listening = [_listen(host, port)] if workers == 1 else _share(host, port, workers)
     settings = _local_settings(loaded, say)
     runner = asyncio.Runner(loop_factory=_loop_factory())
     with runner, contextlib.suppress(KeyboardInterrupt):
-        runner.run(_serve(loaded, settings, listening, workers, say))
+        runner.run(_serve(loaded, settings, listening, say))
 
 
 def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop]:
@@ -68,15 +71,26 @@ def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop]:
     return uvloop.new_event_loop
 
 
-def _listen(host: str, port: int) -> socket.socket:
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    listening = socket.socket(family, socket.SOCK_STREAM)
-    listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    listening.bind((host, port))
-    listening.listen(2048)
-    listening.setblocking(False)  # noqa: FBT003 - the library's own signature
-    listening.set_inheritable(True)
-    return listening
+def _listen(host: str, port: int, *, shared: bool = False) -> socket.socket:
+    bound = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM)
+    bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    if shared:
+        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+    try:
+        bound.bind((host, port))
+    except OSError as error:
+        bound.close()
+        raise OSError(f"port {port} of {host} cannot be taken: {error.strerror}") from None
+    bound.listen(_BACKLOG)
+    bound.setblocking(False)  # noqa: FBT003 - the library's own signature
+    return bound
+
+
+def _share(host: str, port: int, workers: int) -> list[socket.socket]:
+    """Take a port for several sockets, once it is sure that nobody else has it, not even to share."""
+    with _listen(host, port) as alone:
+        port = alone.getsockname()[1]
+    return [_listen(host, port, shared=True) for _ in range(workers)]
 
 
 def _local_settings(loaded: Loaded, say: Say) -> list[LocalSettings]:
@@ -104,9 +118,7 @@ def _local_settings(loaded: Loaded, say: Say) -> list[LocalSettings]:
     return settings
 
 
-async def _serve(
-    loaded: Loaded, settings: list[LocalSettings], listening: socket.socket, workers: int, say: Say
-) -> None:
+async def _serve(loaded: Loaded, settings: list[LocalSettings], listening: list[socket.socket], say: Say) -> None:
     servers: dict[str, LocalServer] = {}
     # Until the HTTP server takes the signals over, they end the start.
     starting = asyncio.current_task()
@@ -119,17 +131,18 @@ async def _serve(
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.remove_signal_handler(number)
         urls = {name: server.base_url for name, server in servers.items() if server.base_url is not None}
-        address = listening.getsockname()
+        address = listening[0].getsockname()
         shown = f"[{address[0]}]" if ":" in address[0] else address[0]
         _say_how_to_ask(loaded.config, f"http://{shown}:{address[1]}", urls, say)
-        if workers == 1:
-            await _serve_here(loaded, listening, urls, Place())
+        if len(listening) == 1:
+            await _serve_here(loaded, listening[0], urls, Place())
         else:
-            await _serve_in_workers(loaded, listening, urls, workers)
+            await _serve_in_workers(loaded, listening, urls)
     except asyncio.CancelledError:
         say("Stopped before it was ready.")
     finally:
-        listening.close()
+        for one in listening:
+            one.close()
         await asyncio.gather(*(server.stop() for server in servers.values()))
 
 
@@ -205,9 +218,7 @@ async def _serve_here(loaded: Loaded, listening: socket.socket, local_urls: Mapp
 # -- several workers --------------------------------------------------------------------------------------------------
 
 
-async def _serve_in_workers(
-    loaded: Loaded, listening: socket.socket, local_urls: Mapping[str, str], workers: int
-) -> None:
+async def _serve_in_workers(loaded: Loaded, listening: list[socket.socket], local_urls: Mapping[str, str]) -> None:
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -217,13 +228,13 @@ async def _serve_in_workers(
             asyncio.create_task(
                 _keep_worker(
                     WorkerSettings(
-                        str(loaded.path.absolute()), listening.fileno(), number, workers, folder, dict(local_urls)
+                        str(loaded.path.absolute()), one.fileno(), number, len(listening), folder, dict(local_urls)
                     ),
                     stop,
                     loaded.config.server.shutdown_grace,
                 )
             )
-            for number in range(workers)
+            for number, one in enumerate(listening)
         ]
         await stop.wait()
         await asyncio.wait(tasks)
