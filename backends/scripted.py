@@ -92,7 +92,7 @@ def recite(
     words = tuple(tokens)
 
     def play(call: Call) -> Script:
-        asked = msgspec.json.decode(call.body, type=_Asked)
+        asked = msgspec.json.decode(b"".join(call.body), type=_Asked)
         teller = _Teller(model, words, logprob, chat=call.endpoint == "chat/completions", asked=asked)
         chunks = teller.stream() if call.stream else [teller.whole()]
         if delay_s is None:

@@ -116,20 +116,20 @@ class VllmBackend:
         """
         headers = {**self._headers, **dict(call.headers)} if call.headers else self._headers
         for last_try in (False, True):
-            body = call.body
+            size_bytes = sum(map(len, call.body))
             try:
-                if len(body) <= _WRITE_BYTES:
+                if size_bytes <= _WRITE_BYTES:
                     return await self._pool.session.post(
                         self._urls[call.endpoint],
-                        data=body,
+                        data=b"".join(call.body),
                         headers=headers,
                         timeout=self._connect_timeout,
                         allow_redirects=False,
                     )
                 return await self._pool.session.post(
                     self._urls[call.endpoint],
-                    data=_in_slices(body),
-                    headers={**headers, "Content-Length": str(len(body))},
+                    data=_in_slices(call.body),
+                    headers={**headers, "Content-Length": str(size_bytes)},
                     timeout=self._connect_timeout,
                     allow_redirects=False,
                 )
@@ -144,10 +144,11 @@ class VllmBackend:
         return self._timeouts
 
 
-async def _in_slices(body: bytes) -> AsyncIterator[bytes]:
+async def _in_slices(body: tuple[bytes, ...]) -> AsyncIterator[bytes]:
     # One write of many megabytes would hold the event loop; an async generator that owns nothing is safe.
-    for start in range(0, len(body), _WRITE_BYTES):
-        yield body[start : start + _WRITE_BYTES]
+    for piece in body:
+        for start in range(0, len(piece), _WRITE_BYTES):
+            yield piece[start : start + _WRITE_BYTES]
 
 
 class _OpenCall:

@@ -119,7 +119,7 @@ class BodyReader:
 def _serve() -> None:
     """Be the child: read bodies from standard input until it ends."""
     source, target = sys.stdin.buffer, sys.stdout.buffer
-    while header := source.read(_HEADER.size):
+    while len(header := source.read(_HEADER.size)) == _HEADER.size:
         number, size_bytes = _HEADER.unpack(header)
         raw = source.read(size_bytes)
         if len(raw) < size_bytes:

@@ -138,14 +138,17 @@ class Asked(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Body(msgspec.Struct, frozen=True):
-    """A request that was read: its facts, and the JSON of every field that goes to a backend as it is."""
+    """A request that was read: its facts, and the JSON of every field that goes to a backend as it is.
+
+    `rest` is a JSON object without its opening brace: `"messages":[…]}`, or `}` alone.
+    """
 
     asked: Asked
     rest: bytes
     stream_options: bytes | None = None
 
-    def for_backend(self, model: str, *, scored: bool) -> bytes:
-        """Return the JSON for one call: the client's request, asked of `model`.
+    def for_backend(self, model: str, *, scored: bool) -> tuple[bytes, bytes]:
+        """Return the JSON for one call, in two pieces: the client's request, asked of `model`.
 
         With `scored` log-probabilities are asked for, one alternative a token at least, because llama.cpp takes none
         for off; `gateway.wire` takes out again what the client did not ask for.
@@ -162,11 +165,9 @@ class Body(msgspec.Struct, frozen=True):
                 head.append(b',"logprobs":true')
                 if alternatives:
                     head.append(b',"top_logprobs":%d' % alternatives)
-        if len(self.rest) > 2:
-            head += [b",", self.rest[1:]]
-        else:
-            head.append(b"}")
-        return b"".join(head)
+        if len(self.rest) > 1:
+            head.append(b",")
+        return b"".join(head), self.rest
 
 
 _decode = msgspec.json.Decoder().decode
@@ -203,7 +204,7 @@ def read_body(endpoint: Endpoint, raw: bytes) -> Body:
         prompt_bytes=len(raw),
     )
     merged = _encode({**given, "include_usage": True}) if isinstance(given, dict) else None
-    return Body(asked, _encode(fields), merged)
+    return Body(asked, _encode(fields)[1:], merged)
 
 
 def _decoded(raw: bytes) -> dict[str, object]:

@@ -34,7 +34,7 @@ def text(**fields: Any) -> Body:
 
 
 def sent(body: Body, *, scored: bool = False) -> Json:
-    found: Json = json.loads(body.for_backend("small-1", scored=scored))
+    found: Json = json.loads(b"".join(body.for_backend("small-1", scored=scored)))
     return found
 
 
@@ -349,7 +349,7 @@ def test_a_key_that_stands_twice_is_sent_as_it_was_judged() -> None:
     )
     body = read_body("chat/completions", raw)
     assert (body.asked.model, body.asked.choices, body.asked.max_tokens, body.asked.stream) == ("b", 1, 5, False)
-    rewritten = body.for_backend("small-1", scored=False)
+    rewritten = b"".join(body.for_backend("small-1", scored=False))
     for name in (b'"model"', b'"n"', b'"max_tokens"', b'"messages"', b'"content"'):
         assert rewritten.count(name) == 1
     assert b"first" not in rewritten
@@ -433,7 +433,7 @@ def test_a_completion_asks_for_as_many_scores_as_anybody_wants(asked: Json, scor
 
 
 def test_the_name_of_a_model_is_written_as_json() -> None:
-    assert json.loads(chat().for_backend('a"b\\c/é', scored=True))["model"] == 'a"b\\c/é'
+    assert json.loads(b"".join(chat().for_backend('a"b\\c/é', scored=True)))["model"] == 'a"b\\c/é'
 
 
 # -- facts ------------------------------------------------------------------------------------------------------------
@@ -530,7 +530,7 @@ def test_what_is_read_goes_out_as_json_with_only_the_model_replaced(
     body = read_or_refused(endpoint, json.dumps(asked).encode())
     if body is None:
         return
-    found = json.loads(body.for_backend(model, scored=scored))
+    found = json.loads(b"".join(body.for_backend(model, scored=scored)))
     assert found["model"] == model
     assert {key: value for key, value in found.items() if key not in OURS} == {
         key: value for key, value in asked.items() if key not in OURS

@@ -26,7 +26,7 @@ def call(endpoint: Endpoint = "chat/completions", **fields: object) -> Call:
     asked: dict[str, object] = {"model": MODEL, "temperature": 0, **fields}
     if endpoint == "chat/completions" and "messages" not in asked:
         asked["messages"] = [{"role": "user", "content": "What is the capital of France?"}]
-    return Call(endpoint=endpoint, body=msgspec.json.encode(asked), stream=bool(fields.get("stream")))
+    return Call(endpoint=endpoint, body=(msgspec.json.encode(asked),), stream=bool(fields.get("stream")))
 
 
 def endless(*, stream: bool) -> Call:
