@@ -18,7 +18,8 @@ from typing import Literal, Protocol
 import msgspec
 
 Endpoint = Literal["chat/completions", "completions"]
-Phase = Literal["connect", "first_token", "between_tokens", "total"]
+Phase = Literal["first_token", "between_tokens", "total"]
+"""The phases of a call that can time out; a connection that takes too long leaves its server `Unreachable`."""
 
 
 class Timeouts(msgspec.Struct, frozen=True, kw_only=True):

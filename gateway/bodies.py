@@ -20,7 +20,7 @@ from gateway.body import Body, read_body
 from gateway.errors import Refusal
 from gateway.http import joined
 
-_INLINE_BYTES = 48 * 1024
+_INLINE_BYTES = 24 * 1024
 _SLICE_BYTES = 256 * 1024
 _HEADER = struct.Struct("!BQ")  # the endpoint, the size of the body
 _REPLY = struct.Struct("!IQ")  # the size of what is told of it, that of its `rest`, which is never copied for a codec
