@@ -34,8 +34,8 @@ class Timeouts(msgspec.Struct, frozen=True, kw_only=True):
 class Call(msgspec.Struct, frozen=True, kw_only=True):
     """One call to one backend.
 
-    `body` is the complete JSON for the server, in pieces that are never joined when they are large; `stream` says whether it asks for server-sent events, and `headers`
-    are the few that travel along (`traceparent`, `x-request-id`).
+    `body` is the complete JSON for the server, in pieces that are never joined when they are large. `stream` says
+    whether it asks for server-sent events, and `headers` are the few that travel along (`traceparent`, `tracestate`).
     """
 
     endpoint: Endpoint
