@@ -27,7 +27,7 @@ import sys
 import threading
 import urllib.request
 import zipfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Literal
@@ -153,6 +153,11 @@ def catalogue() -> tuple[Model, ...]:
             parts=_locked_parts("large"),
         ),
     )
+
+
+def local_model_ids() -> Mapping[str, str]:
+    """Return which model id each name of the catalogue stands for."""
+    return {model.name: model.model_id for model in catalogue()}
 
 
 def cache_dir() -> Path:

@@ -22,7 +22,7 @@ from backends.backend import Backend, Timeouts
 from backends.missing import MissingBackend
 from backends.scripted import recite
 from backends.vllm import HttpPool, VllmBackend
-from backends.weights import catalogue
+from backends.weights import local_model_ids
 from gateway.bodies import BodyReader
 from gateway.config import model as noun
 from gateway.config.load import Loaded, model_id
@@ -48,11 +48,6 @@ class Place(msgspec.Struct, frozen=True, kw_only=True):
     worker: int = 0
     workers: int = 1
     folder: Path | None = None
-
-
-def local_model_ids() -> Mapping[str, str]:
-    """Return which model id each word for local weights stands for."""
-    return {model.name: model.model_id for model in catalogue()}
 
 
 def build(loaded: Loaded, *, local_urls: Mapping[str, str] | None = None, place: Place | None = None) -> ASGIApp:

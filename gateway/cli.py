@@ -9,8 +9,8 @@ from collections.abc import Callable
 from hashlib import sha256
 from pathlib import Path
 
+from backends.weights import local_model_ids
 from gateway import __version__
-from gateway.app import local_model_ids
 from gateway.config.document import schema
 from gateway.config.load import ConfigError, Loaded, load
 from gateway.config.secrets import check as check_secrets

@@ -25,8 +25,8 @@ import msgspec
 import uvicorn
 
 from backends.local import LocalModelFailed, LocalServer, LocalSettings
-from backends.weights import WeightsUnavailable, resolve
-from gateway.app import Place, build, local_model_ids, model_of
+from backends.weights import WeightsUnavailable, local_model_ids, resolve
+from gateway.app import Place, build, model_of
 from gateway.config.load import Loaded, load
 from gateway.config.model import Config, LocalBackend
 from gateway.config.secrets import resolve_all

@@ -19,6 +19,7 @@ import msgspec
 
 from backends.backend import Broken
 from backends.sse import DONE, data_of
+from gateway.answer import Choice, Usage, answer_part, read_answer, text_of
 from gateway.body import Asked
 from routing.confidence import ChoiceSignals, Signals
 
@@ -33,71 +34,6 @@ class TokenUsage(msgspec.Struct, frozen=True, kw_only=True):
     counted: bool = False
 
 
-# -- the parts of an answer that we read; everything else passes unseen ----------------------------------------------
-
-
-class _PromptDetails(msgspec.Struct):
-    cached_tokens: int | None = None
-
-
-class _CompletionDetails(msgspec.Struct):
-    reasoning_tokens: int | None = None
-
-
-class _Usage(msgspec.Struct):
-    prompt_tokens: int = 0
-    completion_tokens: int | None = None
-    prompt_tokens_details: _PromptDetails | None = None
-    completion_tokens_details: _CompletionDetails | None = None
-
-
-class _Token(msgspec.Struct):
-    logprob: float | None = None
-    token: str = ""
-
-
-class _Logprobs(msgspec.Struct):
-    """Chat's shape has `content`, that of text completions the parallel lists."""
-
-    content: list[_Token] | None = None
-    tokens: list[str] | None = None
-    token_logprobs: list[float | None] | None = None
-    text_offset: list[int] | None = None
-
-
-class _CalledFunction(msgspec.Struct):
-    arguments: str | None = None
-    name: str | None = None
-
-
-class _ToolCall(msgspec.Struct):
-    function: _CalledFunction | None = None
-
-
-class _Said(msgspec.Struct):
-    content: Any = None
-    refusal: str | None = None
-    reasoning: str | None = None
-    reasoning_content: str | None = None
-    tool_calls: list[_ToolCall] | None = None
-
-
-class _Choice(msgspec.Struct):
-    index: int = 0
-    delta: _Said | None = None
-    message: _Said | None = None
-    text: str | None = None
-    logprobs: _Logprobs | None = None
-    finish_reason: str | None = None
-
-
-class _Answer(msgspec.Struct):
-    choices: list[_Choice] | None = None
-    usage: _Usage | None = None
-    error: Any = None
-
-
-_read_answer = msgspec.json.Decoder(_Answer).decode
 _read_any = msgspec.json.Decoder(dict[str, Any]).decode
 _write = msgspec.json.Encoder().encode
 
@@ -159,7 +95,7 @@ class _Tap:
         self._asked = asked
         self._strip_scores = scored and asked.logprobs is None
         self._trim_scores = scored and asked.logprobs == 0
-        self._reported: _Usage | None = None
+        self._reported: Usage | None = None
         self._reported_at = 0
         self._spoken_tokens = 0
         self._text_chars: dict[int, int] = {}
@@ -169,7 +105,7 @@ class _Tap:
         self.complete = False
         self.done = False
 
-    def _answer_logprobs(self, choice: _Choice) -> list[float]:
+    def _answer_logprobs(self, choice: Choice) -> list[float]:
         """Return the log-probabilities of the answer's own tokens: no reasoning, no echoed prompt."""
         scores = choice.logprobs
         if scores is None:
@@ -177,14 +113,14 @@ class _Tap:
         if scores.content is not None:
             tokens = scores.content
             if choice.message is not None:
-                tokens = _answer_part(tokens, choice.message)
+                tokens = answer_part(tokens, choice.message)
             return [nan if one.logprob is None else one.logprob for one in tokens]
         if scores.token_logprobs is None:
             return []
         first = self._echoed(choice, scores.token_logprobs, scores.text_offset or [])
         return [nan if one is None else one for one in scores.token_logprobs[first:]]
 
-    def _echoed(self, choice: _Choice, scores: list[float | None], offsets: list[int]) -> int:
+    def _echoed(self, choice: Choice, scores: list[float | None], offsets: list[int]) -> int:
         """How many of the tokens are the prompt's, repeated because of `echo`.
 
         The prompt comes first. Once it has been repeated, vLLM counts its offsets anew: they say nothing then.
@@ -298,7 +234,7 @@ class StreamTap(_Tap):
         if payload == b"[DONE]":
             self.done = True
             return None
-        answer = _decoded(payload)
+        answer = read_answer(payload)
         if answer.error is not None:
             raise Broken("it reports an error in the middle of its answer")
         choices = answer.choices or ()
@@ -324,7 +260,7 @@ class StreamTap(_Tap):
             passed += _usage_chunk(payload)
         return passed
 
-    def _read_delta(self, choice: _Choice) -> None:
+    def _read_delta(self, choice: Choice) -> None:
         signals = self.signals.get(choice.index)
         if signals is None:
             signals = self.signals[choice.index] = ChoiceSignals()
@@ -372,7 +308,7 @@ class WholeTap(_Tap):
 
     def feed(self, body: bytes) -> bytes | None:
         """Take a whole answer, return the client's. Raises `Broken` where it is none."""
-        answer = _decoded(body)
+        answer = read_answer(body)
         if answer.error is not None:
             raise Broken("it answers 200 with an error in it")
         if not answer.choices:
@@ -380,7 +316,7 @@ class WholeTap(_Tap):
         for choice in answer.choices:
             signals = self.signals[choice.index] = ChoiceSignals(finished=True)
             said = choice.message
-            spoken = _text_of(choice)
+            spoken = text_of(choice)
             signals.pieces += bool(spoken)
             if said is not None and (said.reasoning or said.reasoning_content):
                 signals.reasoning_pieces += 1
@@ -390,13 +326,6 @@ class WholeTap(_Tap):
         self._reported, self._reported_at = answer.usage, self.events
         self.complete = self.done = True
         return self._client_json(body) if self._strip_scores or self._trim_scores else body
-
-
-def _decoded(payload: bytes) -> _Answer:
-    try:
-        return _read_answer(payload)
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise Broken(f"its answer is not in OpenAI's shape: {error}") from None
 
 
 def _decoded_anew(payload: bytes) -> dict[str, Any]:
@@ -448,40 +377,3 @@ def _trim(scores: dict[str, Any]) -> None:
             {token: top[token]} if isinstance(top, dict) and token in top else top
             for token, top in zip(tokens, tops, strict=False)
         ]
-
-
-def _text_of(choice: _Choice) -> str:
-    if choice.text is not None:
-        return choice.text
-    said = choice.message
-    if said is None:
-        return ""
-    if said.tool_calls:
-        return "".join(call.function.arguments or "" for call in said.tool_calls if call.function is not None) or "{}"
-    return said.content if isinstance(said.content, str) else (said.refusal or "")
-
-
-def _answer_part(tokens: list[_Token], said: _Said) -> list[_Token]:
-    """Return the tokens that spell the answer, where reasoning or the marks of a tool call stand around it."""
-    if not (said.reasoning or said.reasoning_content or said.tool_calls):
-        return tokens
-    wanted = [said.content] if isinstance(said.content, str) and said.content else []
-    wanted += [
-        call.function.arguments
-        for call in said.tool_calls or ()
-        if call.function is not None and call.function.arguments
-    ]
-    text = "".join(one.token for one in tokens)
-    spans = [(found, found + len(one)) for one in wanted if (found := text.rfind(one)) >= 0]
-    if not spans:
-        # A server that writes the arguments anew leaves nothing to find: all but the reasoning counts then.
-        reasoning = said.reasoning or said.reasoning_content
-        return [] if reasoning and not said.tool_calls else tokens
-    part: list[_Token] = []
-    start = 0
-    for one in tokens:
-        end = start + len(one.token)
-        if any(start < last and end > first for first, last in spans):
-            part.append(one)
-        start = end
-    return part
