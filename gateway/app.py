@@ -28,7 +28,7 @@ from gateway.config import model as noun
 from gateway.config.load import Loaded, model_id
 from gateway.config.secrets import Secret, resolve_all
 from gateway.decision import DecisionStore
-from gateway.edge import Edge, Shortcut, on_fault, on_http_exception, on_refusal
+from gateway.edge import Edge, ErrorAnswers, Shortcut
 from gateway.endpoints import Endpoints
 from gateway.errors import Refusal
 from gateway.exchange import Gateway
@@ -110,9 +110,10 @@ def build(loaded: Loaded, *, local_urls: Mapping[str, str] | None = None, place:
             await pool.close()
 
     endpoints = Endpoints(gateway, peers)
+    errors = ErrorAnswers(metrics, gateway.log)
     app = Starlette(
         routes=endpoints.routes(),
-        exception_handlers={HTTPException: on_http_exception, Refusal: on_refusal, Exception: on_fault},
+        exception_handlers={HTTPException: errors.http_exception, Refusal: errors.refusal, Exception: errors.fault},
         lifespan=lifespan,
     )
     app.router.redirect_slashes = False

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Awaitable, Callable, Mapping, MutableMapping
+from types import MappingProxyType
 from typing import Any
 
 from starlette.exceptions import HTTPException
@@ -15,6 +16,8 @@ from starlette.responses import Response
 
 from gateway.errors import Refusal
 from gateway.http import Receive, Scope, new_id, request_id
+from gateway.log import ExchangeLog
+from gateway.metrics import Metrics
 from gateway.sinks import Send, send_refusal
 
 App = Callable[[Scope, Receive, Send], Awaitable[None]]
@@ -40,11 +43,11 @@ class Edge:
             if not begun and message["type"] == "http.response.start":
                 begun = True
                 headers = list(message.get("headers", ()))
-                if all(name != b"x-request-id" for name, _ in headers):
-                    headers += [
-                        (b"x-request-id", request_id(scope) or new_id("req-").encode()),
-                        (b"x-tierway-config", self._config),
-                    ]
+                named = {name for name, _ in headers}
+                if b"x-tierway-config" not in named:
+                    headers.append((b"x-tierway-config", self._config))
+                    if b"x-request-id" not in named:
+                        headers.append((b"x-request-id", request_id(scope) or new_id("req-").encode()))
                     message = {**message, "headers": headers}
             elif message["type"] == "http.response.body" and not message.get("more_body"):
                 ended = True
@@ -79,27 +82,40 @@ class Shortcut:
         await app(scope, receive, send)
 
 
-async def on_http_exception(request: Request, error: Exception) -> Response:
-    """Render what Starlette refuses, unknown paths and methods, as OpenAI's errors."""
-    status = error.status_code if isinstance(error, HTTPException) else 500
-    given = getattr(error, "headers", None) or {}
-    if status == 405:
-        refusal = Refusal("method_not_allowed", f"{request.method} is not allowed here.")
-    else:
+class ErrorAnswers:
+    """Renders what Starlette and the small endpoints refuse as OpenAI's errors, and tells the operator."""
+
+    def __init__(self, metrics: Metrics, log: ExchangeLog) -> None:
+        self._metrics = metrics
+        self._log = log
+
+    async def http_exception(self, request: Request, error: Exception) -> Response:
+        """Answer for a path or a method that there is not."""
+        if isinstance(error, HTTPException) and error.status_code == 405:
+            refusal = Refusal("method_not_allowed", f"{request.method} is not allowed here.")
+            return self._answer(request, refusal, error.headers or {})
         path = request.url.path
         shown = path if len(path) <= 128 else path[:128] + "…"
-        refusal = Refusal("unknown_url", f"There is nothing at {shown}.")
-    return Response(refusal.body(), refusal.status, headers=given, media_type="application/json")
+        return self._answer(request, Refusal("unknown_url", f"There is nothing at {shown}."))
 
+    async def refusal(self, request: Request, error: Exception) -> Response:
+        """Answer for what an endpoint refuses."""
+        if not isinstance(error, Refusal):
+            raise error
+        return self._answer(request, error, {name.decode(): value.decode() for name, value in error.headers()})
 
-async def on_refusal(_request: Request, error: Exception) -> Response:
-    """Render what an endpoint refuses."""
-    if not isinstance(error, Refusal):
-        raise error
-    headers = {name.decode(): value.decode() for name, value in error.headers()}
-    return Response(error.body(), error.status, headers=headers, media_type="application/json")
+    async def fault(self, request: Request, _error: Exception) -> Response:
+        """Answer for what nobody expected, in place of Starlette's page; `Edge` sees the fault too and logs it."""
+        return self._answer(request, _INTERNAL)
 
-
-async def on_fault(request: Request, _error: Exception) -> Response:
-    """Render what nobody expected, in place of Starlette's page; `Edge` sees the fault itself too and logs it."""
-    return await on_refusal(request, _INTERNAL)
+    def _answer(
+        self, request: Request, refusal: Refusal, headers: Mapping[str, str] = MappingProxyType({})
+    ) -> Response:
+        own_id = (request_id(request.scope) or new_id("req-").encode()).decode()
+        self._metrics.refused(refusal.code)
+        self._log.refused(
+            request_id=own_id, key=None, path=request.scope["path"], code=refusal.code, status=refusal.status
+        )
+        return Response(
+            refusal.body(), refusal.status, headers={**headers, "x-request-id": own_id}, media_type="application/json"
+        )

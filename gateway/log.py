@@ -104,9 +104,9 @@ class ExchangeLog:
 def _short(value: object) -> str:
     if isinstance(value, float):
         return f"{value:.3f}"
-    if isinstance(value, list):
-        return ">".join(str(one) for one in value)
-    return str(value)
+    text = ">".join(str(one) for one in value) if isinstance(value, list) else str(value)
+    # A path can hold a line break, and a line break another line of the log.
+    return text if text.isprintable() else ascii(text)
 
 
 class _JsonFormatter(logging.Formatter):

@@ -241,6 +241,17 @@ def test_everything_has_an_id(stack: Stack) -> None:
     assert len(ids) == 20
 
 
+def test_what_no_model_was_asked_about_is_counted_and_logged_too(stack: Stack) -> None:
+    gateway = stack.gateway
+    reply = gateway.get("/no%0Awhere%22", ALICE)
+    assert (reply.status, reply.error["code"]) == (404, "unknown_url")
+    assert wait_until(lambda: reply.headers["x-request-id"] in gateway.process.said())
+    (line,) = [line for line in gateway.process.said().splitlines() if reply.headers["x-request-id"] in line]
+    told = json.loads(line)
+    assert (told["event"], told["error"], told["path"]) == ("refused", "unknown_url", '/no\nwhere"')
+    assert b'tierway_refusals_total{code="unknown_url"}' in gateway.get("/metrics").body
+
+
 def test_health_needs_no_key_and_status_an_operator_s(stack: Stack) -> None:
     gateway = stack.gateway
     assert gateway.get("/healthz").json() == {"status": "ok"}
