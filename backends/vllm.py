@@ -42,6 +42,8 @@ _LONGEST_MESSAGE_CHARS = 1000
 _LONGEST_ADVICE_S = 86_400.0
 _LAST_READ_S = 1.0
 _WRITE_BYTES = 64 * 1024
+_NO_STREAM = frozenset({"text/html", "application/json"})
+_NO_WHOLE_ANSWER = frozenset({"text/html", "text/event-stream"})
 _QUIET_HEADERS = ("User-Agent", "Accept", "Accept-Encoding", "Content-Type")
 
 
@@ -241,9 +243,9 @@ class _OpenCall:
 
     async def _check(self, response: aiohttp.ClientResponse) -> None:
         if response.status == HTTPStatus.OK:
-            wanted = "text/event-stream" if self._call.stream else "application/json"
-            if response.content_type != wanted:
-                raise Broken(f"it answers with {response.content_type}, not {wanted}")
+            # What is not declared, or oddly, is judged by what it is; what is declared as something else is no answer.
+            if response.content_type in (_NO_STREAM if self._call.stream else _NO_WHOLE_ANSWER):
+                raise Broken(f"it answers with {response.content_type}")
             return
         body = await _read_up_to(response, _LARGEST_ERROR_BYTES) or b""
         raise fault_of(response.status, body, response.headers.get("Retry-After"))

@@ -43,6 +43,10 @@ from routing.cascade import (
 from routing.plan import PlannedAttempt
 
 
+# A role and a few empty chunks come before an answer; nothing of this size does.
+_MOST_BEFORE_ANSWER_BYTES = 1024 * 1024
+
+
 class Mailbox:
     """Events on their way to the cascade: many put, one gets."""
 
@@ -180,6 +184,8 @@ class Run:
                 (self.tail if tap.complete else self._held).append(passed)
                 self._held_bytes += len(passed)
         if not tap.begun:
+            if self._held_bytes > _MOST_BEFORE_ANSWER_BYTES:
+                raise Broken("it sends much, but no answer")
             return
         now_s = monotonic()
         if self.first_token_s is None:
