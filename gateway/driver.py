@@ -42,7 +42,6 @@ from routing.cascade import (
 )
 from routing.plan import PlannedAttempt
 
-
 # A role and a few empty chunks come before an answer; nothing of this size does.
 _MOST_BEFORE_ANSWER_BYTES = 1024 * 1024
 
