@@ -160,6 +160,7 @@ class _OpenCall:
         self._backend = backend
         self._call = call
         self._clock = _Clock(backend.timeouts)
+        self._faults = _as_faults(self._clock)
         self._response: aiohttp.ClientResponse | None = None
         self._splitter = EventSplitter()
         self._over = self._done = False
@@ -167,7 +168,7 @@ class _OpenCall:
     async def __aenter__(self) -> Self:
         await self._clock.__aenter__()
         try:
-            with _as_faults(self._clock):
+            with self._faults:
                 # The server says nothing at all before a whole answer is complete.
                 self._clock.start("first_token" if self._call.stream else "total")
                 self._response = await self._backend.send(self._call, self._clock)
@@ -202,7 +203,7 @@ class _OpenCall:
     async def __anext__(self) -> list[bytes]:
         if self._over or self._response is None:
             raise StopAsyncIteration
-        with _as_faults(self._clock):
+        with self._faults:
             if not self._call.stream:
                 return [await self._whole(self._response)]
             content = self._response.content

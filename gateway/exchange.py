@@ -20,7 +20,7 @@ from gateway.fleet import Fleet, Scores
 from gateway.http import Receive, Scope, authenticate, header, new_id, read_raw_body, request_id, trace_headers
 from gateway.log import ExchangeLog
 from gateway.metrics import Metrics
-from gateway.sinks import JsonSink, Send, Sink, SseSink, send_refusal
+from gateway.sinks import Send, Sink, make_sink, send_refusal
 from gateway.telemetry import Tracing
 from gateway.wire import TokenUsage, make_tap
 from policies.access import Caller, Keyring
@@ -119,9 +119,9 @@ class _Exchange:
 
     def open_sink(self, body: Body) -> Sink:
         """Return the way out that the client asked for."""
-        if body.asked.stream:
-            return SseSink(self._send, self._headers, note_in_usage=self._note_wanted == b"usage")
-        return JsonSink(self._send, self._headers)
+        return make_sink(
+            self._send, self._headers, stream=body.asked.stream, note_in_usage=self._note_wanted == b"usage"
+        )
 
     async def climb(self, plan: RoutePlan, body: Body, sink: Sink, receive: Receive) -> Ending:
         """Drive the cascade, and tell it when the client leaves."""

@@ -36,6 +36,11 @@ class Sink(Protocol):
         ...
 
 
+def make_sink(send: Send, headers: list[Header], *, stream: bool, note_in_usage: bool = False) -> Sink:
+    """Return the way out that the client asked for. `headers` are known before any answer."""
+    return SseSink(send, headers, note_in_usage=note_in_usage) if stream else JsonSink(send, headers)
+
+
 class SseSink:
     """Server-sent events: the head leaves with the commit, every part when it comes."""
 
