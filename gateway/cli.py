@@ -39,6 +39,9 @@ def main(arguments: list[str] | None = None) -> int:
     except OSError as error:
         print(f"tierway: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("\ntierway: interrupted. What was downloaded is kept.", file=sys.stderr)
+        return 130
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -69,6 +69,8 @@ class Decision(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def usage(self) -> TokenUsage:
         """Tokens of all attempts together."""
+        if len(self.attempts) == 1:
+            return self.attempts[0].usage
         return TokenUsage(
             prompt_tokens=sum(one.usage.prompt_tokens for one in self.attempts),
             cached_prompt_tokens=sum(one.usage.cached_prompt_tokens for one in self.attempts),
