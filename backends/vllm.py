@@ -410,6 +410,9 @@ def fault_of(status: int, body: bytes, retry_after: str | None = None) -> Backen
             if status == HTTPStatus.NOT_FOUND and (error.param == "model" or error.code == "model_not_found"):
                 # The model id is the operator's choice, not the client's.
                 return Broken("it does not serve the model id that is configured")
+            if status == HTTPStatus.NOT_FOUND and error.type == "not_found_error":
+                # llama.cpp's answer at an address where nothing is; that, too, is the operator's choice.
+                return Broken("there is nothing at its address")
             return _rejection(status, error)
     return Broken(f"it answers {status}")
 

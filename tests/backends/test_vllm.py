@@ -457,6 +457,7 @@ BROKEN: dict[str, tuple[Call, Play]] = {
     "an error that is HTML": (WHOLE, whole(400, b"<html>Bad Request</html>", "text/html")),
     "an error of another shape": (WHOLE, whole(404, b'{"detail":"Not Found"}')),
     "an error that is no object": (WHOLE, whole(400, b"[" * 10_000)),
+    "an address where nothing is": (WHOLE, whole(404, error("File Not Found", type="not_found_error", code=404))),
     "a model that is not there": (WHOLE, whole(404, error("no such model", code="model_not_found"))),
     "a whole answer cut short": (WHOLE, cut_short),
     "a stream cut between events": (STREAM, stream_then(token("a"))),
@@ -577,6 +578,9 @@ def recorded_errors() -> Iterator[tuple[str, int, bytes]]:
 
 ERRORS = list(recorded_errors())
 NOT_REFUSALS: dict[str, type[BackendFault]] = {
+    "llamacpp/err_method_not_allowed": Broken,
+    "llamacpp/get_nonexistent": Broken,
+    "llamacpp/get_version": Broken,
     "vllm/err_method_not_allowed": Broken,
     "vllm/err_unknown_model": Broken,
     "vllm/err_unknown_model_stream": Broken,
