@@ -17,7 +17,10 @@ Role = Literal["answer"]
 
 
 class AttemptRecord(msgspec.Struct, frozen=True, kw_only=True):
-    """One call to one backend. Times are seconds since the exchange began; None where it did not get so far."""
+    """One call to one backend. Times are seconds since the exchange began; None where it did not get so far.
+
+    `fault` is the kind of what went wrong. `fault_detail` may name addresses and is for the operator alone.
+    """
 
     number: int
     role: Role
@@ -26,6 +29,7 @@ class AttemptRecord(msgspec.Struct, frozen=True, kw_only=True):
     model: str
     outcome: Literal["accepted", "doubted", "failed", "rejected", "cancelled"]
     fault: str | None
+    fault_detail: str | None
     confidence: float | None
     doubt_below: float | None
     usage: TokenUsage
@@ -38,7 +42,7 @@ class AttemptRecord(msgspec.Struct, frozen=True, kw_only=True):
 class Decision(msgspec.Struct, frozen=True, kw_only=True):
     """Everything about one exchange, and never a word of prompt or answer.
 
-    `ending` is `answered`, `broken`, `abandoned`, `exhausted`, or `refused` for a request that no backend saw.
+    `ending` is that of the cascade. A request that no backend was asked about has no Decision.
     """
 
     exchange_id: str
@@ -85,6 +89,7 @@ def as_json(decision: Decision) -> bytes:
     shown: dict[str, Any] = msgspec.to_builtins(decision)
     for attempt in shown["attempts"]:
         attempt["cost_usd"] = usd(sum(attempt.pop("cost").values()))
+        del attempt["fault_detail"]
     return msgspec.json.encode(
         {
             "object": "tierway.decision",

@@ -54,7 +54,8 @@ class ExchangeLog:
             "model": decision.model,
             "confidence": decision.confidence,
             "climb": [
-                f"{one.tier}:{one.outcome}" + (f"({one.fault})" if one.fault else "") for one in decision.attempts
+                f"{one.tier}:{one.outcome}" + (f"({one.fault}: {one.fault_detail})" if one.fault else "")
+                for one in decision.attempts
             ],
             "prompt_tokens": usage.prompt_tokens,
             "completion_tokens": usage.completion_tokens,

@@ -28,6 +28,7 @@ from backends.local import LocalModelFailed, LocalServer, LocalSettings
 from backends.weights import WeightsUnavailable, local_model_ids, resolve
 from gateway.app import Place, build, model_of
 from gateway.config.load import Loaded, load
+from gateway.config.meaning import DEMO_DIGEST
 from gateway.config.model import Config, LocalBackend
 from gateway.config.secrets import resolve_all
 from gateway.log import set_up_logging
@@ -101,7 +102,7 @@ def _local_settings(loaded: Loaded, say: Say) -> list[LocalSettings]:
             continue
         named = backend.weights in local_model_ids()
         try:
-            weights = resolve(backend.weights if named else str(loaded.beside(backend.weights)))
+            weights = resolve(backend.weights if named else str(loaded.beside(str(Path(backend.weights).expanduser()))))
         except WeightsUnavailable as why:
             say(f"{name}: {why}. The gateway starts without it.")
             continue
@@ -167,7 +168,7 @@ def _say_how_to_ask(config: Config, url: str, local_urls: Mapping[str, str], say
     if missing:
         say(f"Without the tiers {', '.join(missing)}: their models are not there.")
     model = next(iter(config.routes), config.tiers[0].name)
-    key = _DEMO_KEY if any(one.name == "demo" for one in config.keys) else "$TIERWAY_KEY"
+    key = _DEMO_KEY if any(one.sha256 == DEMO_DIGEST for one in config.keys) else "$TIERWAY_KEY"
     say(f"tierway serves {', '.join(tier.name for tier in config.tiers if tier.name not in missing)} on {url}. Try:")
     say("")
     say(f"  curl -i {url}/v1/chat/completions -H 'Authorization: Bearer {key}' -H 'Content-Type: application/json' \\")

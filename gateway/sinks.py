@@ -1,7 +1,7 @@
 """How does an answer leave? As a stream of events while it comes, or as one JSON at the end.
 
 Only a sink knows whether the client streams. The order of its calls: `begin` once when an attempt is committed,
-`write` for what may pass, then `end` or `fail`; or `refuse` alone, when there is nothing to commit.
+`write` for what may pass, then `end` or `fail`. Where nothing was committed no sink is called: `send_refusal` answers.
 """
 
 from __future__ import annotations

@@ -47,7 +47,7 @@ def list_models(out: TextIO) -> int:
         out.write(f"  sha256   {model.sha256}\n")
         out.write(
             f"  else     {_packages(model)}: parts published on the package index by third parties, downloaded by\n"
-            "           hash, never installed, checked against the SHA-256 of the official file\n"
+            "           hash, never installed, checked against the SHA-256 above\n"
         )
     return 0
 

@@ -14,7 +14,7 @@ import pytest
 from backends.backend import BackendFault, Broken, Overloaded, Rejected, Unreachable
 from backends.scripted import Pause, Script, ScriptedBackend, recite
 from gateway.bodies import BodyReader
-from gateway.decision import Decision, DecisionStore
+from gateway.decision import Decision, DecisionStore, as_json
 from gateway.exchange import Gateway, exchange
 from gateway.fleet import Fleet, Member
 from gateway.log import ExchangeLog
@@ -169,6 +169,20 @@ def test_a_doubted_answer_is_replaced_before_anybody_sees_it(stream: bool) -> No
 def test_a_tier_that_fails_is_passed_over(stream: bool, fault: BackendFault) -> None:
     client = asyncio.run(ask(gateway_over(small=fails(fault), large=says("Here")), stream=stream))
     assert (client.text, client.headers["x-tierway-tier"]) == ("Here", "large")
+
+
+def test_where_a_server_stands_is_told_to_the_operator_alone() -> None:
+    async def play() -> None:
+        gateway = gateway_over(small=fails(Unreachable("no way to 10.0.0.7:8000")), large=says())
+        client = await ask(gateway, stream=False)
+        shown = as_json(decided(gateway, client))
+        assert json.loads(shown)["attempts"][0]["fault"] == "Unreachable"
+        assert b"10.0.0.7" not in shown + client.body + repr(client.headers).encode()
+        gateway.log.flush()
+        assert isinstance(gateway.log._stream, Lines)
+        assert b"10.0.0.7" in b"".join(gateway.log._stream.written)
+
+    asyncio.run(play())
 
 
 @both

@@ -69,6 +69,7 @@ def attempt(**fields: Any) -> AttemptRecord:
         "model": "m",
         "outcome": "accepted",
         "fault": None,
+        "fault_detail": None,
         "confidence": 0.9,
         "doubt_below": 0.5,
         "usage": TokenUsage(prompt_tokens=10, cached_prompt_tokens=4, completion_tokens=20),
