@@ -60,7 +60,8 @@ Command = Start | Keep | Commit | Cancel | WakeAt
 
 # -- events -----------------------------------------------------------------------------------------------------------
 
-Outcome = Literal["completed", "failed", "rejected", "cancelled"]
+Outcome = Literal["completed", "failed", "rejected", "full", "cancelled"]
+"""`full`: the tier had no room, and nobody was asked."""
 
 
 class Progress(msgspec.Struct, frozen=True):
@@ -125,7 +126,7 @@ class Ending(msgspec.Struct, frozen=True, kw_only=True):
 Climb = Generator[tuple[Command, ...], Event, Ending]
 
 # `conceded`: accepted after all, without a threshold.
-_Verdict = Literal["accepted", "conceded", "doubted", "failed", "rejected", "left"]
+_Verdict = Literal["accepted", "conceded", "doubted", "failed", "rejected", "full", "left"]
 
 
 def climb(plan: RoutePlan) -> Climb:
@@ -168,7 +169,7 @@ class _Climber:
         return (yield from self._close("exhausted"))
 
     def _ascend(self, attempts: tuple[PlannedAttempt, ...]) -> Generator[tuple[Command, ...], Event, _Verdict]:
-        """Try attempts in order. A doubt or a refusal goes to the next tier, a failure to the next backend."""
+        """Try attempts in order. A doubt, a refusal or no room goes to the next tier, a failure to the next backend."""
         lowest = 0
         for number, attempt in enumerate(attempts):
             if attempt.rung < lowest or attempt.rung in self._refused_by:
@@ -179,7 +180,7 @@ class _Climber:
             if verdict == "failed":
                 continue
             lowest = attempt.rung + 1
-            if verdict == "rejected":
+            if verdict in ("rejected", "full"):
                 self._refused_by.add(attempt.rung)
             if verdict == "doubted":
                 above = any(later.rung >= lowest for later in attempts[number + 1 :])
@@ -209,7 +210,7 @@ class _Climber:
                 if event.id != judged.id:
                     continue
                 if event.outcome != "completed":
-                    return "rejected" if event.outcome == "rejected" else "failed"
+                    return event.outcome if event.outcome in ("rejected", "full") else "failed"
                 self._release_kept()
                 return self._judge(judged, event.signals)
             if isinstance(event, Progress):

@@ -75,3 +75,36 @@ def test_a_caller_with_an_empty_list_may_ask_for_nothing() -> None:
 def test_who_is_not_said_to_be_an_admin_is_none() -> None:
     assert not ALICE.admin
     assert BOB.admin
+
+
+def test_a_key_holds_until_it_expires_and_not_at_that_moment() -> None:
+    caller = Caller(key="guest", expires_s=1000.0)
+    assert caller.barred(999.999) is None
+    assert caller.barred(1000.0) == "expired"
+    assert caller.barred(2000.0) == "expired"
+
+
+def test_a_replaced_key_holds_for_its_grace() -> None:
+    caller = Caller(key="guest", replaced_s=1000.0, expires_s=3000.0)
+    assert caller.barred(999.0) is None
+    assert caller.barred(1000.0) == "replaced"
+
+
+def test_a_disabled_key_is_refused_whatever_its_times_say() -> None:
+    assert Caller(key="guest", disabled=True, expires_s=1000.0).barred(0.0) == "disabled"
+
+
+def test_a_key_without_an_end_holds_for_ever() -> None:
+    assert ALICE.barred(1e12) is None
+
+
+def test_a_caller_can_be_counted_by() -> None:
+    told = {"team": "red", "user": "u-1", "tags": ("a", "b"), "metadata": (("cost-centre", "17"),)}
+    assert len({Caller(key="one", **told), Caller(key="one", **told), Caller(key="two", **told)}) == 2  # type: ignore[arg-type]
+
+
+def test_who_a_digest_belongs_to_is_told_also_when_the_key_no_longer_holds() -> None:
+    gone = Caller(key="gone", disabled=True)
+    assert ring(one=gone).find(b"one") is gone
+    assert ring(one=gone).holder(sha256(b"one").digest()) is gone
+    assert ring(one=gone).holder(sha256(b"two").digest()) is None

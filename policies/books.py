@@ -1,0 +1,371 @@
+"""What is reserved, by whom, until when? All accounts and open reservations of one partition: reserve, then settle.
+
+`Books` is the reference: the memory store is this class, and the script that runs in Redis (`gateway/limits.lua`)
+answers every operation as it does, which a property test proves with random sequences. Rules a reader must not break:
+
+* A reservation is all or nothing: one that does not fit changes no account.
+* What is reserved in an account is the sum of what its open reservations still hold, always.
+* Used amounts are counted when they are known: `taken` at once, the rest when it is renewed or settled.
+* Every operation is idempotent on the id of its reservation, whatever arrives twice, late or in the wrong order.
+* Nothing is kept for ever but what is used for ever: the past is swept up, a little with every operation.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Sequence
+from typing import Literal, assert_never
+
+import msgspec
+
+from policies.accounts import (
+    EMPTY,
+    Account,
+    Budget,
+    Concurrency,
+    Entry,
+    Rolling,
+    Rule,
+    Short,
+    Standing,
+    correct,
+    hold,
+    idle_at_ms,
+    room,
+    standing,
+    take,
+)
+from policies.operations import (
+    Announce,
+    Cancel,
+    Charge,
+    Done,
+    Granted,
+    Look,
+    Operation,
+    Refused,
+    Renew,
+    Reply,
+    Reserve,
+    Seed,
+    Settle,
+    Stale,
+)
+
+__all__ = [
+    "Announce",
+    "Books",
+    "Cancel",
+    "Charge",
+    "Done",
+    "Granted",
+    "Look",
+    "Operation",
+    "Refused",
+    "Renew",
+    "Reply",
+    "Reserve",
+    "Seed",
+    "Settle",
+    "Stale",
+]
+
+# How long an id is remembered, by what became of its reservation. `gateway/limits.lua` has the same numbers.
+_SETTLED_MS = 2 * 60_000
+_CANCELLED_MS = 10 * 60_000
+_EXPIRED_MS = 60 * 60_000
+_COUNTED_MS = 24 * 60 * 60_000
+
+_MOST_AT_ONCE = 100
+"""Leases, ids and accounts that one operation sweeps up at most."""
+
+_MOST_SKIPPED = 1000
+
+_KEPT_MS = 60_000
+"""How much longer than it counts a thing is kept, so that a clock may go back that far."""
+
+_LOOK_AGAIN_MS = 10 * 60_000
+
+
+class _Record(msgspec.Struct, frozen=True, gc=False):
+    """What is known of one id. `counted` is what was counted of each entry beside `taken`, the last time `since_ms`.
+
+    `until_ms` is the end of the lease where it is open, else of its memory. What is `settled` or `cancelled` has no
+    entries any more.
+    """
+
+    state: Literal["open", "expired", "settled", "cancelled"]
+    until_ms: int
+    entries: tuple[Entry, ...] = ()
+    counted: tuple[int, ...] = ()
+    since_ms: int = 0
+
+    @property
+    def unsettled(self) -> bool:
+        """Whether there is anything to put right."""
+        return self.state in ("open", "expired")
+
+
+class Books:
+    """The accounts and reservations of one partition, in memory. It is told the time and never reads it.
+
+    `seeded=False`: they follow others that were lost, so the first `Seed` counts.
+    """
+
+    def __init__(self, *, seeded: bool = True) -> None:
+        self.seeded = seeded
+        self._accounts: dict[str, Account] = {}
+        self._records: dict[str, _Record] = {}
+        # Each lists times and names, the earliest first; those that no longer hold are skipped when their time comes.
+        self._leases: list[tuple[int, str]] = []
+        self._memories: list[tuple[int, str]] = []
+        self._checks: list[tuple[int, str]] = []
+        self._checked: set[str] = set()
+
+    @property
+    def account_count(self) -> int:
+        """How many accounts there are."""
+        return len(self._accounts)
+
+    @property
+    def record_count(self) -> int:
+        """How many reservations are open or remembered."""
+        return len(self._records)
+
+    def apply(self, operation: Operation, now_ms: int) -> Reply:
+        """Perform `operation` at `now_ms`, milliseconds since the epoch, after all that was due before it."""
+        self._expire(now_ms)
+        self._forget(now_ms)
+        match operation:
+            case Reserve():
+                return self._reserve(operation, now_ms)
+            case Settle():
+                return self._settle(operation, now_ms)
+            case Renew():
+                return Done(now_ms, self._renew(operation.id, operation.so_far, operation.lease_ms, now_ms))
+            case Cancel():
+                return self._cancel(operation, now_ms)
+            case Announce():
+                return self._announce(operation, now_ms)
+            case Charge():
+                return self._charge(operation, now_ms)
+            case Look():
+                return Done(now_ms, known=True, standings=self._standings(operation.entries, now_ms))
+            case Seed():
+                return self._seed(operation, now_ms)
+        assert_never(operation)
+
+    def lose(self) -> None:
+        """Begin anew after a loss: whatever windows held no longer counts, and the next `Seed` does."""
+        self.seeded = False
+        for name, account in tuple(self._accounts.items()):
+            if isinstance(account.rule, Budget | Rolling):
+                self._put(name, Account(account.reserved), 0)
+
+    # -- operations ---------------------------------------------------------------------------------------------------
+
+    def _reserve(self, operation: Reserve, now_ms: int) -> Reply:
+        entries = operation.entries
+        record = self._find(operation.id, now_ms)
+        if record is not None:
+            standings = self._standings(entries, now_ms)
+            return Refused(now_ms, standings, ()) if record.state == "cancelled" else Granted(now_ms, standings)
+        short = self._short(entries, now_ms)
+        if any(not entries[one.index].shadow for one in short):
+            return Refused(now_ms, self._standings(entries, now_ms), short)
+        self._open(operation.id, entries, (0,) * len(entries), operation.lease_ms, now_ms)
+        return Granted(now_ms, self._standings(entries, now_ms), short)
+
+    def _settle(self, operation: Settle, now_ms: int) -> Reply:
+        record = self._find(operation.id, now_ms)
+        if record is not None and record.unsettled:
+            self._release(record, now_ms)
+            self._count(record, _padded(operation.actual, record.entries), now_ms)
+            self._remember(operation.id, "settled", _SETTLED_MS, now_ms)
+            return Done(now_ms, known=True)
+        if operation.entries and (record is None or record.state == "cancelled"):
+            self._take(operation.entries, now_ms)
+            lost = _Record("open", 0, operation.entries, (0,) * len(operation.entries))
+            self._count(lost, _padded(operation.actual, operation.entries), now_ms)
+            self._remember(operation.id, "settled", _COUNTED_MS, now_ms)
+        return Done(now_ms, known=False)
+
+    def _renew(self, id_: str, so_far: Sequence[int], lease_ms: int, now_ms: int) -> bool:
+        record = self._find(id_, now_ms)
+        if record is None or not record.unsettled:
+            return False
+        counted = tuple(map(max, record.counted, _padded(so_far, record.entries)))
+        self._release(record, now_ms)
+        self._count(record, counted, now_ms)
+        since_ms = now_ms if counted != record.counted else record.since_ms
+        self._hold(id_, _Record("open", now_ms + max(1, lease_ms), record.entries, counted, since_ms), now_ms)
+        return True
+
+    def _cancel(self, operation: Cancel, now_ms: int) -> Reply:
+        record = self._find(operation.id, now_ms)
+        known = record is not None and record.unsettled
+        if record is not None and record.unsettled:
+            self._release(record, now_ms)
+            for entry, counted in zip(record.entries, record.counted, strict=True):
+                account = self._accounts.get(entry.account, EMPTY)
+                account = correct(account, entry.rule, entry.taken + counted, record.since_ms, now_ms)
+                self._put(entry.account, account, now_ms)
+        if record is None or record.unsettled:
+            self._remember(operation.id, "cancelled", _CANCELLED_MS, now_ms)
+        return Done(now_ms, known)
+
+    def _announce(self, operation: Announce, now_ms: int) -> Reply:
+        if self._find(operation.id, now_ms) is not None:
+            self._renew(operation.id, operation.so_far, operation.lease_ms, now_ms)
+            return Done(now_ms, known=True)
+        so_far = _padded(operation.so_far, operation.entries)
+        self._open(operation.id, operation.entries, so_far, operation.lease_ms, now_ms)
+        return Done(now_ms, known=False)
+
+    def _charge(self, operation: Charge, now_ms: int) -> Reply:
+        if self._find(operation.id, now_ms) is not None:
+            return Done(now_ms, known=False)
+        self._take(operation.entries, now_ms)
+        self._remember(operation.id, "settled", _COUNTED_MS, now_ms)
+        return Done(now_ms, known=True)
+
+    def _seed(self, operation: Seed, now_ms: int) -> Reply:
+        if self.seeded:
+            return Done(now_ms, known=False)
+        self.seeded = True
+        self._take([entry for entry in operation.entries if isinstance(entry.rule, Budget | Rolling)], now_ms)
+        return Done(now_ms, known=True)
+
+    # -- accounts -----------------------------------------------------------------------------------------------------
+
+    def _short(self, entries: tuple[Entry, ...], now_ms: int) -> tuple[Short, ...]:
+        """Return the entries that do not fit, each together with those before it in the same account."""
+        asked: dict[str, int] = {}
+        short = []
+        for index, entry in enumerate(entries):
+            units = asked[entry.account] = asked.get(entry.account, 0) + entry.taken + entry.held
+            found = room(self._accounts.get(entry.account, EMPTY), entry.rule, units, now_ms, index)
+            if found is not None:
+                short.append(found)
+        return tuple(short)
+
+    def _standings(self, entries: Sequence[Entry], now_ms: int) -> tuple[Standing, ...]:
+        accounts = self._accounts
+        return tuple([standing(accounts.get(entry.account, EMPTY), entry.rule, now_ms) for entry in entries])
+
+    def _take(self, entries: Sequence[Entry], now_ms: int) -> None:
+        for entry in entries:
+            if entry.taken:
+                account = self._accounts.get(entry.account, EMPTY)
+                self._put(entry.account, take(account, entry.rule, entry.taken, now_ms), now_ms)
+
+    def _count(self, record: _Record, amounts: Sequence[int], now_ms: int) -> None:
+        """Count the difference between `amounts` and what was counted of each entry before."""
+        for entry, before, amount in zip(record.entries, record.counted, amounts, strict=True):
+            if amount != before:
+                account = self._accounts.get(entry.account, EMPTY)
+                if amount > before:
+                    account = take(account, entry.rule, amount - before, now_ms)
+                else:
+                    account = correct(account, entry.rule, before - amount, record.since_ms, now_ms)
+                self._put(entry.account, account, now_ms)
+
+    def _put(self, name: str, account: Account, now_ms: int) -> None:
+        if account.empty:
+            self._accounts.pop(name, None)
+            return
+        self._accounts[name] = account
+        if name not in self._checked:
+            self._checked.add(name)
+            heapq.heappush(self._checks, (now_ms + _KEPT_MS, name))
+
+    # -- reservations -------------------------------------------------------------------------------------------------
+
+    def _find(self, id_: str, now_ms: int) -> _Record | None:
+        record = self._records.get(id_)
+        return None if record is None or (record.state != "open" and record.until_ms <= now_ms) else record
+
+    def _open(self, id_: str, entries: tuple[Entry, ...], so_far: tuple[int, ...], lease_ms: int, now_ms: int) -> None:
+        """Enter a reservation, whatever the limits say."""
+        self._take(entries, now_ms)
+        if any(so_far):
+            self._count(_Record("open", 0, entries, (0,) * len(entries)), so_far, now_ms)
+        self._hold(id_, _Record("open", now_ms + max(1, lease_ms), entries, so_far, now_ms), now_ms)
+
+    def _hold(self, id_: str, record: _Record, now_ms: int) -> None:
+        self._records[id_] = record
+        heapq.heappush(self._leases, (record.until_ms, id_))
+        self._move(record, 1, now_ms)
+
+    def _release(self, record: _Record, now_ms: int) -> None:
+        if record.state == "open":
+            self._move(record, -1, now_ms)
+
+    def _move(self, record: _Record, sign: int, now_ms: int) -> None:
+        for entry, counted in zip(record.entries, record.counted, strict=True):
+            units = _remaining(entry.rule, entry.held, counted)
+            if units:
+                account = hold(self._accounts.get(entry.account, EMPTY), sign * units)
+                self._put(entry.account, account, now_ms)
+
+    def _remember(self, id_: str, state: Literal["settled", "cancelled"], for_ms: int, now_ms: int) -> None:
+        self._records[id_] = _Record(state, now_ms + for_ms)
+        heapq.heappush(self._memories, (now_ms + for_ms + _KEPT_MS, id_))
+
+    # -- sweeping -----------------------------------------------------------------------------------------------------
+
+    def _expire(self, now_ms: int) -> None:
+        """Settle reservations whose lease has run out at what was counted of them, the oldest first."""
+        left = _MOST_AT_ONCE
+        # Leases that were settled or renewed in time cost next to nothing, but after a pause there may be many.
+        for _ in range(_MOST_SKIPPED):
+            if not left or not self._leases or self._leases[0][0] > now_ms:
+                break
+            until_ms, id_ = heapq.heappop(self._leases)
+            record = self._records.get(id_)
+            if record is None or record.state != "open" or record.until_ms != until_ms:
+                continue
+            left -= 1
+            self._release(record, now_ms)
+            end_ms = now_ms + _EXPIRED_MS
+            self._records[id_] = msgspec.structs.replace(record, state="expired", until_ms=end_ms)
+            heapq.heappush(self._memories, (end_ms + _KEPT_MS, id_))
+
+    def _forget(self, now_ms: int) -> None:
+        """Drop ids and accounts that no longer matter."""
+        for _ in range(_MOST_AT_ONCE):
+            if not self._memories or self._memories[0][0] > now_ms:
+                break
+            _, id_ = heapq.heappop(self._memories)
+            record = self._records.get(id_)
+            if record is not None and record.state != "open" and record.until_ms + _KEPT_MS <= now_ms:
+                del self._records[id_]
+        for _ in range(_MOST_AT_ONCE):
+            if not self._checks or self._checks[0][0] > now_ms:
+                break
+            _, name = heapq.heappop(self._checks)
+            self._checked.discard(name)
+            self._check(name, now_ms)
+
+    def _check(self, name: str, now_ms: int) -> None:
+        """Drop an account that has been idle for a while, or say when to look again."""
+        account = self._accounts.get(name)
+        if account is None:
+            return
+        idle_ms = idle_at_ms(account)
+        next_ms = now_ms + _LOOK_AGAIN_MS if idle_ms is None else idle_ms + _KEPT_MS
+        if next_ms <= now_ms:
+            del self._accounts[name]
+        else:
+            self._checked.add(name)
+            heapq.heappush(self._checks, (next_ms, name))
+
+
+def _padded(amounts: Sequence[int], entries: Sequence[Entry]) -> tuple[int, ...]:
+    """Return an amount for each entry."""
+    return tuple(amounts[: len(entries)]) + (0,) * (len(entries) - len(amounts))
+
+
+def _remaining(rule: Rule, held: int, counted: int) -> int:
+    """Return what of `held` is still reserved when `counted` of it has been used."""
+    return held if not counted or isinstance(rule, Concurrency) else max(0, held - counted)
