@@ -44,6 +44,30 @@ class Call(msgspec.Struct, frozen=True, kw_only=True):
     headers: tuple[tuple[str, str], ...] = ()
 
 
+class Window(msgspec.Struct, frozen=True):
+    """How many tokens a model reads and writes in one request, together."""
+
+    model: str
+    tokens: int
+
+
+class ServerFacts(msgspec.Struct, frozen=True, kw_only=True):
+    """What a server says of itself; nothing of it is certain.
+
+    `software` is what serves, as its list of models tells; `windows` are the context windows of its models.
+    """
+
+    software: Literal["vllm", "llamacpp"] | None = None
+    windows: tuple[Window, ...] = ()
+
+    def context_tokens(self, model: str) -> int | None:
+        """Return the context window of `model`; of a server with one window alone that, whatever it calls its model."""
+        for one in self.windows:
+            if one.model == model:
+                return one.tokens
+        return self.windows[0].tokens if len(self.windows) == 1 else None
+
+
 class AnswerStream(Protocol):
     """An answer on its way: whole, one chunk of JSON; streamed, complete server-sent events, as they came together."""
 
@@ -60,8 +84,18 @@ class Backend(Protocol):
         """
         ...
 
-    async def probe(self) -> None:
-        """Return if the server can answer now; raise `BackendFault` if it cannot. Costs no tokens."""
+    async def probe(self) -> ServerFacts:
+        """Return what the server says of itself if it can answer now; raise `BackendFault` if it cannot.
+
+        Costs no tokens.
+        """
+        ...
+
+    async def count_tokens(self, call: Call) -> int | None:
+        """Return how many tokens the prompt of `call` has, as its server counts them; None where it does not say.
+
+        Nothing is generated. Raises `BackendFault`.
+        """
         ...
 
 

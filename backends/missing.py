@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from contextlib import AbstractAsyncContextManager
 
-from backends.backend import AnswerStream, Call, Unreachable
+from backends.backend import AnswerStream, Call, ServerFacts, Unreachable
 
 
 class MissingBackend:
@@ -17,6 +17,10 @@ class MissingBackend:
         """Raise `Unreachable`."""
         raise Unreachable(self._reason)
 
-    async def probe(self) -> None:
+    async def probe(self) -> ServerFacts:
+        """Raise `Unreachable`."""
+        raise Unreachable(self._reason)
+
+    async def count_tokens(self, call: Call) -> int | None:
         """Raise `Unreachable`."""
         raise Unreachable(self._reason)

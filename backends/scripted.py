@@ -10,14 +10,15 @@ from typing import Self
 
 import msgspec
 
-from backends.backend import AnswerStream, BackendFault, Call
+from backends.backend import AnswerStream, BackendFault, Call, ServerFacts
 from backends.sse import DONE
 
 
 class Pause(msgspec.Struct, frozen=True):
-    """Let time pass before the next chunk; None: until the call is left."""
+    """Let time pass before the next chunk; None: until `event` is set, or the call is left."""
 
     seconds: float | None = None
+    event: asyncio.Event | None = None
 
 
 Script = Sequence[bytes | Pause | BackendFault]
@@ -40,8 +41,13 @@ class ScriptedBackend:
         self.calls.append(call)
         return _Playing(self, self._play(call))
 
-    async def probe(self) -> None:
+    async def probe(self) -> ServerFacts:
         """Return at once: a script is always there."""
+        return ServerFacts()
+
+    async def count_tokens(self, call: Call) -> int | None:
+        """Return None: a script reads no prompt."""
+        return None
 
 
 class _Playing:
@@ -82,7 +88,10 @@ class _Playing:
             if isinstance(step, BackendFault):
                 raise step
             if isinstance(step, Pause):
-                await (asyncio.sleep(step.seconds) if step.seconds is not None else asyncio.Event().wait())
+                if step.seconds is not None:
+                    await asyncio.sleep(step.seconds)
+                else:
+                    await (step.event or asyncio.Event()).wait()
 
 
 def recite(

@@ -9,14 +9,12 @@ from __future__ import annotations
 import asyncio
 import ssl
 from collections.abc import AsyncIterator
-from contextlib import AbstractAsyncContextManager, suppress
+from contextlib import AbstractAsyncContextManager
 from http import HTTPStatus
-from math import isfinite
 from types import TracebackType
 from typing import Self
 
 import aiohttp
-import msgspec
 from yarl import URL
 
 from backends.backend import (
@@ -24,13 +22,14 @@ from backends.backend import (
     BackendFault,
     Broken,
     Call,
-    Overloaded,
     Phase,
-    Rejected,
+    ServerFacts,
     TimedOut,
     Timeouts,
     Unreachable,
 )
+from backends.error_answers import fault_of
+from backends.server_facts import count_in, facts_of, text_question
 from backends.sse import DONE, EventSplitter
 
 # vLLM's server drops an idle connection after 5 s: letting go first saves a request that would land on a closed one.
@@ -38,10 +37,12 @@ _KEEP_ALIVE_S = 4.0
 _LARGEST_ERROR_BYTES = 64 * 1024
 _LARGEST_EVENT_BYTES = 16 * 1024 * 1024
 _LARGEST_ANSWER_BYTES = 256 * 1024 * 1024
-_LONGEST_MESSAGE_CHARS = 1000
-_LONGEST_ADVICE_S = 86_400.0
+_LARGEST_LIST_BYTES = 1024 * 1024
+_LARGEST_COUNT_BYTES = 64 * 1024 * 1024
+_LONGEST_COUNT_S = 2.0
 _LAST_READ_S = 1.0
 _WRITE_BYTES = 64 * 1024
+_NO_HEALTH_CHECK = (HTTPStatus.NOT_FOUND, HTTPStatus.METHOD_NOT_ALLOWED, HTTPStatus.NOT_IMPLEMENTED)
 _NO_STREAM = frozenset({"text/html", "application/json"})
 _NO_WHOLE_ANSWER = frozenset({"text/html", "text/event-stream"})
 _QUIET_HEADERS = ("User-Agent", "Accept", "Accept-Encoding", "Content-Type")
@@ -83,6 +84,10 @@ class VllmBackend:
         self._pool = pool
         self._urls = {path: URL(f"{root}/v1/{path}") for path in ("chat/completions", "completions", "models")}
         self._health = URL(f"{root}/health")
+        self._tokenize = URL(f"{root}/tokenize")
+        self._count_chat = URL(f"{root}/v1/chat/completions/input_tokens")
+        self._facts: ServerFacts | None = None
+        self._counts = True
         self._timeouts = timeouts or Timeouts()
         self._connect_timeout = aiohttp.ClientTimeout(total=None, sock_connect=self._timeouts.connect_s)
         self._auth = {"Authorization": f"Bearer {api_key}"} if api_key else {}
@@ -92,23 +97,60 @@ class VllmBackend:
         """Send `call`; entering waits for the response head."""
         return _OpenCall(self, call)
 
-    async def probe(self) -> None:
-        """Ask for `/health`; a server without one for its list of models."""
-        async with _Clock(
-            Timeouts(connect_s=self._timeouts.connect_s, total_s=self._timeouts.connect_s + 3.0)
-        ) as clock:
-            with _as_faults(clock):
-                status = await self._status_of(self._health)
-                if status in (HTTPStatus.NOT_FOUND, HTTPStatus.METHOD_NOT_ALLOWED, HTTPStatus.NOT_IMPLEMENTED):
-                    status = await self._status_of(self._urls["models"])
+    async def probe(self) -> ServerFacts:
+        """Ask for `/health`, and for the list of models where there is no such thing or nothing is known yet."""
+        try:
+            async with _Clock(
+                Timeouts(connect_s=self._timeouts.connect_s, total_s=self._timeouts.connect_s + 3.0)
+            ) as clock:
+                with _as_faults(clock):
+                    return await self._probe()
+        except BackendFault:
+            # Whatever comes back at its address may be another server.
+            self._facts, self._counts = None, True
+            raise
+
+    async def _probe(self) -> ServerFacts:
+        status, _ = await self._get(self._health)
+        facts = self._facts
+        if facts is None or status in _NO_HEALTH_CHECK:
+            models_status, models = await self._get(self._urls["models"])
+            if facts is None:
+                facts = self._facts = facts_of(models) if models_status == HTTPStatus.OK else ServerFacts()
+            if status in _NO_HEALTH_CHECK:
+                status = models_status
         if status >= HTTPStatus.INTERNAL_SERVER_ERROR:
             raise Broken(f"its health check answers {status}")
+        return facts
 
-    async def _status_of(self, url: URL) -> int:
+    async def _get(self, url: URL) -> tuple[int, bytes]:
         async with self._pool.session.get(
             url, headers=self._auth, timeout=self._connect_timeout, allow_redirects=False
         ) as response:
-            return response.status
+            return response.status, await _read_up_to(response, _LARGEST_LIST_BYTES) or b""
+
+    async def count_tokens(self, call: Call) -> int | None:
+        """Ask vLLM's `/tokenize`, which takes the body of a call as it is, or llama.cpp, which takes a chat's."""
+        if not self._counts:
+            return None
+        url, body = self._tokenize, call.body
+        if self._facts is not None and self._facts.software == "llamacpp":
+            if call.endpoint == "chat/completions":
+                url = self._count_chat
+            else:
+                question = text_question(b"".join(body))
+                if question is None:
+                    return None
+                body = question
+        async with _Clock(Timeouts(connect_s=self._timeouts.connect_s, total_s=_LONGEST_COUNT_S)) as clock:
+            with _as_faults(clock):
+                async with await self._post(url, body, self._headers) as response:
+                    if response.status in _NO_HEALTH_CHECK:
+                        # Asked again when it has been away.
+                        self._counts = False
+                    if response.status != HTTPStatus.OK:
+                        return None
+                    return count_in(await _read_up_to(response, _LARGEST_COUNT_BYTES) or b"")
 
     async def send(self, call: Call, clock: _Clock) -> aiohttp.ClientResponse:
         """Send `call` and wait for the head of the answer.
@@ -118,27 +160,24 @@ class VllmBackend:
         """
         headers = {**self._headers, **dict(call.headers)} if call.headers else self._headers
         for last_try in (False, True):
-            size_bytes = sum(map(len, call.body))
             try:
-                if size_bytes <= _WRITE_BYTES:
-                    return await self._pool.session.post(
-                        self._urls[call.endpoint],
-                        data=b"".join(call.body),
-                        headers=headers,
-                        timeout=self._connect_timeout,
-                        allow_redirects=False,
-                    )
-                return await self._pool.session.post(
-                    self._urls[call.endpoint],
-                    data=_in_slices(call.body),
-                    headers={**headers, "Content-Length": str(size_bytes)},
-                    timeout=self._connect_timeout,
-                    allow_redirects=False,
-                )
+                return await self._post(self._urls[call.endpoint], call.body, headers)
             except (aiohttp.ServerDisconnectedError, aiohttp.ClientOSError, ConnectionResetError) as error:
                 if last_try or clock.expired is not None or isinstance(error, aiohttp.ClientConnectorError):
                     raise
         raise AssertionError  # the loop returns or raises
+
+    async def _post(self, url: URL, body: tuple[bytes, ...], headers: dict[str, str]) -> aiohttp.ClientResponse:
+        size_bytes = sum(map(len, body))
+        if size_bytes > _WRITE_BYTES:
+            headers = {**headers, "Content-Length": str(size_bytes)}
+        return await self._pool.session.post(
+            url,
+            data=b"".join(body) if size_bytes <= _WRITE_BYTES else _in_slices(body),
+            headers=headers,
+            timeout=self._connect_timeout,
+            allow_redirects=False,
+        )
 
     @property
     def timeouts(self) -> Timeouts:
@@ -379,66 +418,3 @@ def _fault_of_exception(error: BaseException) -> BackendFault | None:
     if isinstance(error, ValueError):
         return Broken(f"its answer is not HTTP: {error}")
     return None
-
-
-class _ErrorBody(msgspec.Struct):
-    message: str = ""
-    type: str | None = None
-    param: str | int | None = None
-    code: str | int | None = None
-
-
-class _ErrorEnvelope(msgspec.Struct):
-    error: _ErrorBody
-
-
-_decode_error = msgspec.json.Decoder(_ErrorEnvelope).decode
-
-
-def fault_of(status: int, body: bytes, retry_after: str | None = None) -> BackendFault:
-    """Say what an error answer means. Only a refusal in OpenAI's shape is the client's business."""
-    if status in (HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN, HTTPStatus.PROXY_AUTHENTICATION_REQUIRED):
-        return Broken(f"it refuses our credentials ({status})")
-    if status in (HTTPStatus.TOO_MANY_REQUESTS, HTTPStatus.SERVICE_UNAVAILABLE):
-        return Overloaded(f"it has no room ({status})", _seconds_of(retry_after))
-    if status == HTTPStatus.INTERNAL_SERVER_ERROR and b"image input is not supported" in body:
-        # llama.cpp's answer to a picture that its model cannot see is a refusal, whatever its status.
-        return Rejected(HTTPStatus.BAD_REQUEST, "This model takes no images.", param="messages")
-    if status in range(400, 500) and status != HTTPStatus.REQUEST_TIMEOUT:
-        with suppress(msgspec.DecodeError, UnicodeDecodeError, RecursionError):
-            error = _decode_error(body).error
-            if status == HTTPStatus.NOT_FOUND and (error.param == "model" or error.code == "model_not_found"):
-                # The model id is the operator's choice, not the client's.
-                return Broken("it does not serve the model id that is configured")
-            if status == HTTPStatus.NOT_FOUND and error.type == "not_found_error":
-                # llama.cpp's answer at an address where nothing is; that, too, is the operator's choice.
-                return Broken("there is nothing at its address")
-            return _rejection(status, error)
-    return Broken(f"it answers {status}")
-
-
-def _seconds_of(retry_after: str | None) -> float | None:
-    # A date is as good as no advice; what is not finite, or more than a day, is nobody's.
-    with suppress(ValueError):
-        advice_s = float(retry_after or "")
-        return min(max(0.0, advice_s), _LONGEST_ADVICE_S) if isfinite(advice_s) else None
-    return None
-
-
-def _rejection(status: int, error: _ErrorBody) -> Rejected:
-    # vLLM and llama.cpp send the status again as an integer code; OpenAI's code is a word or null.
-    code = error.code if isinstance(error.code, str) else None
-    lowered = error.message.lower()
-    too_long = (
-        code == "context_length_exceeded"
-        or error.type == "exceed_context_size_error"
-        or "maximum context length" in lowered
-        or "available context size" in lowered
-    )
-    return Rejected(
-        status,
-        error.message[:_LONGEST_MESSAGE_CHARS],
-        code="context_length_exceeded" if too_long else code,
-        param=error.param if isinstance(error.param, str) else None,
-        too_long=too_long,
-    )

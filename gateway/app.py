@@ -23,21 +23,29 @@ from backends.missing import MissingBackend
 from backends.scripted import recite
 from backends.vllm import HttpPool, VllmBackend
 from backends.weights import local_model_ids
+from gateway.admin import admin_app
+from gateway.admission import Admission
 from gateway.bodies import BodyReader
 from gateway.config import model as noun
 from gateway.config.load import Loaded, model_id
 from gateway.config.secrets import Secret, resolve_all
+from gateway.counting import TokenCounter
 from gateway.decision import DecisionStore
 from gateway.edge import Edge, ErrorAnswers, Shortcut
 from gateway.endpoints import Endpoints
 from gateway.errors import Refusal
 from gateway.exchange import Gateway
 from gateway.fleet import Fleet, Member, Scores
+from gateway.key_admin import KeyAdmin
+from gateway.keys import LiveKeys, caller_of
 from gateway.log import ExchangeLog
 from gateway.metrics import Metrics
 from gateway.peers import Peers, id_prefix
+from gateway.rules import limits_of
+from gateway.sizing import Sizes, TierSize
+from gateway.state import State, state_of
 from gateway.telemetry import Tracing
-from policies.access import Caller, Keyring
+from policies.access import Keyring
 from policies.cost import Price
 from routing.ladder import Hold, Ladder, Route, Rung, Seat
 
@@ -50,8 +58,15 @@ class Place(msgspec.Struct, frozen=True, kw_only=True):
     folder: Path | None = None
 
 
-def build(loaded: Loaded, *, local_urls: Mapping[str, str] | None = None, place: Place | None = None) -> ASGIApp:
-    """Return the application. Raises `ConfigError` where a secret cannot be had.
+class Apps(msgspec.Struct, frozen=True):
+    """What is served: to clients, and to the operator where there is an admin API. `main` has the lifespan of both."""
+
+    main: ASGIApp
+    admin: ASGIApp | None
+
+
+def build(loaded: Loaded, *, local_urls: Mapping[str, str] | None = None, place: Place | None = None) -> Apps:
+    """Return the applications. Raises `ConfigError` where a secret cannot be had.
 
     `local_urls` says where each local model is served; one that is missing there is known to be down.
     """
@@ -64,28 +79,57 @@ def build(loaded: Loaded, *, local_urls: Mapping[str, str] | None = None, place:
     bodies = BodyReader()
     pool = HttpPool()
     log = config.telemetry.log
+    members = {
+        name: Member(
+            name=name,
+            kind=str(backend.__struct_config__.tag),
+            model=model_of(backend),
+            tier=tier.name,
+            backend=_backend(name, backend, pool, secrets, local_urls or {}),
+            scores=_scores(backend),
+            takes_priority=isinstance(backend, noun.VllmBackend) and backend.priority,
+        )
+        for tier in config.tiers
+        for name in tier.backends
+        for backend in (config.backends[name],)
+    }
+    counter = TokenCounter({name: member.backend for name, member in members.items()}, _tokenizers(loaded))
+    state = state_of(loaded, secrets, worker=place.worker, workers=place.workers)
+    metrics.include(state.numbers)
+    metrics.include(lambda: {"tierway_waiting": {(): float(gateway.admission.waiting)}})
+    admin = config.server.admin
+    user_header = config.server.user_header
     gateway = Gateway(
         config=loaded.digest,
         id_prefix=id_prefix(place.worker),
         max_body_bytes=config.server.max_body,
-        keyring=Keyring.of((key.sha256, caller_of(key)) for key in config.keys),
+        keys=LiveKeys(
+            Keyring.of((key.sha256, caller_of(key)) for key in config.keys),
+            state.keys if admin is not None or isinstance(config.state, noun.RedisState) else None,
+            valid_for_s=state.keys_valid_for_s,
+        ),
+        user_header=None if user_header is None else user_header.lower().encode(),
         ladder=ladder_of(config),
         prices={tier.name: price_of(tier.price) for tier in config.tiers},
-        fleet=Fleet(
+        sizes=Sizes(
             {
-                name: Member(
-                    name=name,
-                    kind=str(backend.__struct_config__.tag),
-                    model=model_of(backend),
-                    tier=tier.name,
-                    backend=_backend(name, backend, pool, secrets, local_urls or {}),
-                    scores=_scores(backend),
+                tier.name: TierSize(
+                    price=price_of(tier.price),
+                    context_tokens=tier.context_tokens,
+                    max_output_tokens=tier.max_output_tokens,
                 )
                 for tier in config.tiers
-                for name in tier.backends
-                for backend in (config.backends[name],)
-            }
+            },
+            counter,
+            context_tokens=lambda backend: members[backend].context_tokens,
         ),
+        admission=Admission(
+            state.limiter,
+            limits_of(config),
+            partition=config.state.partition if isinstance(config.state, noun.RedisState) else "deployment",
+            metrics=metrics,
+        ),
+        fleet=Fleet(members),
         bodies=bodies,
         store=store,
         metrics=metrics,
@@ -97,15 +141,23 @@ def build(loaded: Loaded, *, local_urls: Mapping[str, str] | None = None, place:
     async def lifespan(_app: Starlette) -> AsyncIterator[None]:
         await peers.open(store, metrics)
         await bodies.open()
+        await state.limiter.open()
+        if gateway.admission.limits:
+            await gateway.sizes.open(member.model for member in members.values())
         await gateway.fleet.probe_all()
-        probing = asyncio.create_task(gateway.fleet.keep_probing())
+        tasks = [asyncio.create_task(gateway.fleet.keep_probing()), asyncio.create_task(gateway.keys.keep_polling())]
         try:
             yield
         finally:
-            probing.cancel()
-            await asyncio.wait([probing])
+            for task in tasks:
+                task.cancel()
+            await asyncio.wait(tasks)
+            gateway.admission.close()
+            await state.limiter.close()
+            await state.close()
             await peers.close()
             gateway.log.flush()
+            await gateway.sizes.close()
             await bodies.close()
             await pool.close()
 
@@ -126,16 +178,32 @@ def build(loaded: Loaded, *, local_urls: Mapping[str, str] | None = None, place:
             allow_headers=["*"],
             expose_headers=["*"],
         )
-    return Edge(inner, config=loaded.digest)
+    return Apps(Edge(inner, config=loaded.digest), _admin(loaded, secrets, gateway, state))
+
+
+def _admin(loaded: Loaded, secrets: Mapping[noun.SecretRef, Secret], gateway: Gateway, state: State) -> ASGIApp | None:
+    config = loaded.config
+    if config.server.admin is None:
+        return None
+    keys = KeyAdmin(
+        state.keys,
+        configured=config.keys,
+        models=gateway.ladder.names.keys(),
+        teams={*config.teams, *(key.team for key in config.keys if key.team is not None)},
+    )
+    return admin_app(keys, secret=secrets[config.server.admin.key], config=loaded.digest)
+
+
+def _tokenizers(loaded: Loaded) -> dict[str, str]:
+    return {
+        name: str(loaded.beside(backend.tokenizer))
+        for name, backend in loaded.config.backends.items()
+        if isinstance(backend, noun.VllmBackend) and backend.tokenizer is not None
+    }
 
 
 def _unbuffered_stderr() -> BinaryIO:
     return open(sys.stderr.fileno(), "wb", buffering=0, closefd=False)
-
-
-def caller_of(key: noun.Key) -> Caller:
-    """Return who a key belongs to."""
-    return Caller(key=key.name, names=None if key.models is None else frozenset(key.models), admin=key.admin)
 
 
 def price_of(price: noun.Price) -> Price:

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import argparse
-import secrets
 import sys
 from collections.abc import Callable
-from hashlib import sha256
 from pathlib import Path
 
 from backends.weights import local_model_ids
 from gateway import __version__
 from gateway.config.document import schema
 from gateway.config.load import ConfigError, Loaded, load
+from gateway.config.problem import Problem, in_order
+from gateway.config.readiness import check as check_readiness
 from gateway.config.secrets import check as check_secrets
+from gateway.key_store import digest_of, new_key
 
 _EPILOG = """\
 examples:
@@ -60,12 +61,15 @@ def _parser() -> argparse.ArgumentParser:
         "--port", type=int, help="port to listen on, 0 for a free one (default: server.port of the file)"
     )
     serve.add_argument(
-        "--workers", type=_positive, default=1, help="processes that share the port, one a core is enough (default: 1)"
+        "--workers", type=_positive, help="processes that share the port (default: server.workers of the file)"
     )
-    _command(commands, "check", _check, "find every mistake in the configuration, each with file:line:column")
+    check = _command(commands, "check", _check, "find every mistake in the configuration, each with file:line:column")
+    check.add_argument(
+        "--workers", type=_positive, help="as of tierway serve: some settings are for one process (default: as there)"
+    )
     explain = _command(commands, "explain", _explain, "show where a request would go and why; nothing is sent")
     explain.add_argument("request", help="file with the JSON body of a request, - for standard input")
-    explain.add_argument("--key", help="name of a key whose permissions hold (default: everything is permitted)")
+    explain.add_argument("--key", help="name of a key whose permissions and limits hold (default: all is permitted)")
     _command(commands, "schema", _schema, "print the JSON Schema of gateway.yaml, for editors", config=False)
     keygen = _command(commands, "keygen", _keygen, "make an API key; only its digest goes into the file", config=False)
     keygen.add_argument("--name", default="new-key", help="what logs and Decisions will call it (default: new-key)")
@@ -75,6 +79,15 @@ def _parser() -> argparse.ArgumentParser:
 
     models_tool.add_arguments(models)
     models.set_defaults(run=models_tool.run)
+    keys = commands.add_parser("keys", help="make, list and change keys of the store, through the admin API")
+    from gateway.tools import keys as keys_tool  # noqa: PLC0415 - as above
+
+    keys_tool.add_arguments(keys)
+    keys.set_defaults(run=keys_tool.run)
+    limits = commands.add_parser("limits", help="tell a store that has lost its data what budgets had spent")
+    from gateway.tools import limits as limits_tool  # noqa: PLC0415 - as above
+
+    limits_tool.add_arguments(limits)
     return parser
 
 
@@ -106,16 +119,26 @@ def _loaded(options: argparse.Namespace) -> Loaded:
     return load(options.config, local_model_ids=local_model_ids())
 
 
-def _serve(options: argparse.Namespace) -> int:
-    from gateway.serve import serve  # noqa: PLC0415 - only this command needs the server
+def _workers(options: argparse.Namespace, loaded: Loaded) -> int:
+    return loaded.config.server.workers if options.workers is None else int(options.workers)
 
+
+def _unready(loaded: Loaded, workers: int) -> tuple[Problem, ...]:
+    return in_order([*check_secrets(loaded), *check_readiness(loaded, workers=workers)])
+
+
+def _serve(options: argparse.Namespace) -> int:
     loaded = _loaded(options)
     for warning in loaded.warnings:
         print(f"{warning} (warning)", file=sys.stderr)
     server = loaded.config.server
+    if problems := _unready(loaded, _workers(options, loaded)):
+        raise ConfigError(problems)
+    from gateway.serve import serve  # noqa: PLC0415 - only this command needs the server, and only for a good file
+
     serve(
         loaded,
-        workers=options.workers,
+        workers=_workers(options, loaded),
         host=server.host if options.host is None else options.host,
         port=server.port if options.port is None else options.port,
         say=lambda line: print(line, file=sys.stderr, flush=True),
@@ -127,7 +150,7 @@ def _check(options: argparse.Namespace) -> int:
     loaded = _loaded(options)
     for warning in loaded.warnings:
         print(f"{warning} (warning)")
-    if problems := check_secrets(loaded):
+    if problems := _unready(loaded, _workers(options, loaded)):
         raise ConfigError(problems)
     print(f"{options.config}: fine. Configuration {loaded.digest}.")
     return 0
@@ -147,9 +170,9 @@ def _schema(_options: argparse.Namespace) -> int:
 
 
 def _keygen(options: argparse.Namespace) -> int:
-    key = "tw-" + secrets.token_urlsafe(32)
+    key = new_key()
     print(f"The key, shown this once:\n\n  {key}\n\nBelow 'keys:' in gateway.yaml:\n")
-    print(f"  - name: {options.name}\n    sha256: {sha256(key.encode()).hexdigest()}")
+    print(f"  - name: {options.name}\n    sha256: {digest_of(key)}")
     return 0
 
 

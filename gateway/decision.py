@@ -19,6 +19,8 @@ Role = Literal["answer"]
 class AttemptRecord(msgspec.Struct, frozen=True, kw_only=True):
     """One call to one backend. Times are seconds since the exchange began; None where it did not get so far.
 
+    `waited_s` is how long it waited for room in the tier before it was started; one that found it full was never made.
+
     `fault` is the kind of what went wrong. `fault_detail` may name addresses and is for the operator alone.
     """
 
@@ -27,7 +29,7 @@ class AttemptRecord(msgspec.Struct, frozen=True, kw_only=True):
     tier: str
     backend: str
     model: str
-    outcome: Literal["accepted", "doubted", "failed", "rejected", "cancelled"]
+    outcome: Literal["accepted", "doubted", "failed", "rejected", "full", "cancelled"]
     fault: str | None
     fault_detail: str | None
     confidence: float | None
@@ -37,17 +39,20 @@ class AttemptRecord(msgspec.Struct, frozen=True, kw_only=True):
     started_s: float
     first_token_s: float | None
     ended_s: float
+    waited_s: float = 0.0
 
 
 class Decision(msgspec.Struct, frozen=True, kw_only=True):
     """Everything about one exchange, and never a word of prompt or answer.
 
-    `ending` is that of the cascade. A request that no backend was asked about has no Decision.
+    `ending` is that of the cascade; `queued_s` is all the time spent waiting for a turn. A request that no backend was
+    asked about has no Decision.
     """
 
     exchange_id: str
     request_id: str
     key: str
+    team: str | None = None
     endpoint: str
     asked: str
     route: str
@@ -61,6 +66,7 @@ class Decision(msgspec.Struct, frozen=True, kw_only=True):
     confidence_kind: Literal["raw"]
     attempts: tuple[AttemptRecord, ...]
     created_at: float
+    queued_s: float = 0.0
     first_byte_s: float | None
     total_s: float
     config: str
@@ -69,6 +75,11 @@ class Decision(msgspec.Struct, frozen=True, kw_only=True):
     def cost_nusd(self) -> int:
         """What all attempts came to, in nano-dollars."""
         return sum(attempt.cost.total_nusd for attempt in self.attempts)
+
+    @property
+    def calls(self) -> int:
+        """How many attempts were made: those that found their tier full were not."""
+        return sum(attempt.outcome != "full" for attempt in self.attempts)
 
     @property
     def usage(self) -> TokenUsage:
@@ -107,7 +118,7 @@ def summary(decision: Decision) -> bytes:
             "exchange_id": decision.exchange_id,
             "tier": decision.tier,
             "model": decision.model,
-            "attempts": len(decision.attempts),
+            "attempts": decision.calls,
             "confidence": decision.confidence,
             "confidence_kind": decision.confidence_kind,
             "degraded": decision.degraded,
@@ -127,11 +138,13 @@ def answer_headers(
     confidence: float | None,
     degraded: bool,
     cost_nusd: int,
+    queued_s: float,
 ) -> list[Header]:
     """Render what a client is told in the head of an answer, or of an error after attempts."""
     headers = [
         (b"x-tierway-attempts", b"%d" % attempts),
         (b"x-tierway-cost-usd", usd(cost_nusd).encode()),
+        (b"x-tierway-queue-ms", b"%d" % round(queued_s * 1000)),
     ]
     if tier is not None and model is not None:
         headers.append((b"x-tierway-tier", tier.encode()))

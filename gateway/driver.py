@@ -12,6 +12,7 @@ from collections import deque
 from collections.abc import Callable
 from functools import partial
 from time import monotonic
+from typing import Protocol
 
 import msgspec
 
@@ -24,7 +25,7 @@ from backends.backend import (
 )
 from gateway.decision import Header
 from gateway.sinks import Sink
-from gateway.wire import Tap
+from gateway.wire import Tap, TokenUsage
 from routing.cascade import (
     Cancel,
     Climb,
@@ -67,13 +68,37 @@ class Mailbox:
         return self._events.popleft()
 
 
+class Full(Exception):  # noqa: N818 - an outcome like any other
+    """The tier has no room for this attempt. `retry_after_s` says when it may have."""
+
+    def __init__(self, message: str, retry_after_s: int | None = None) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
+
+
+class Door(Protocol):
+    """What an attempt on a tier goes through."""
+
+    async def enter(self, usage: Callable[[], TokenUsage]) -> None:
+        """Wait for room. Raises `Full`. `usage` tells at any time what the attempt has used."""
+        ...
+
+    def leave(self, usage: TokenUsage) -> None:
+        """Make room again. Called once for each time it was entered."""
+        ...
+
+
 class Line(msgspec.Struct, frozen=True):
-    """What an attempt is made of: whom to ask, what, and how to read the answer. `report` is told how it went."""
+    """What an attempt is made of: whom to ask, what, and how to read the answer. `report` is told how it went.
+
+    `door` is None where the tier takes as many as come.
+    """
 
     backend: Backend
     call: Call
     tap: Tap
     report: Callable[[BackendFault | None], None]
+    door: Door | None = None
 
 
 class Run:
@@ -85,6 +110,8 @@ class Run:
         self.tap = line.tap
         self.tail: list[bytes] = []
         self.fault: BackendFault | None = None
+        self.full: Full | None = None
+        self.waited_s = 0.0
         self.started_s = monotonic()
         self.first_token_s: float | None = None
         self.ended_s: float | None = None
@@ -98,6 +125,7 @@ class Run:
         self._may_read = asyncio.Event()
         self._may_read.set()
         self._task = asyncio.create_task(self._run())
+        self._task.add_done_callback(self._never_began)
 
     # -- what the driver does with it -----------------------------------------------------------------------------
 
@@ -129,11 +157,24 @@ class Run:
 
     # -- its own task ---------------------------------------------------------------------------------------------
 
+    @property
+    def usage(self) -> TokenUsage:
+        """What it has used so far. One that never began an answer used nothing that could be told."""
+        return self.tap.usage() if self.tap.begun else TokenUsage()
+
     async def _run(self) -> None:
         outcome: Outcome = "failed"
+        inside = False
         try:
+            if self._line.door is not None:
+                await self._line.door.enter(lambda: self.usage)
+                inside = True
+                now_s = monotonic()
+                self.waited_s, self.started_s = now_s - self.started_s, now_s
             await self._answer()
             outcome = "completed"
+        except Full as full:
+            self.full, outcome = full, "full"
         except Rejected as fault:
             self.fault, outcome = fault, "rejected"
         except BackendFault as fault:
@@ -146,9 +187,17 @@ class Run:
             outcome = "cancelled"
         finally:
             self.ended_s = monotonic()
-            if outcome != "cancelled":
+            if inside and self._line.door is not None:
+                self._line.door.leave(self.usage)
+            if outcome not in ("cancelled", "full"):
                 self._line.report(self.fault)
             self._mailbox.put(Finished(self.id, outcome, self.tap.signals, self.ended_s))
+
+    def _never_began(self, _task: asyncio.Task[None]) -> None:
+        """End an attempt that was cancelled before its first step: nobody would hear of it otherwise."""
+        if self.ended_s is None:
+            self.ended_s = monotonic()
+            self._mailbox.put(Finished(self.id, "cancelled", self.tap.signals, self.ended_s))
 
     async def _answer(self) -> None:
         async with self._line.backend.open(self._line.call) as stream:

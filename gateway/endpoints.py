@@ -12,14 +12,17 @@ from starlette.routing import BaseRoute, Route
 
 from backends.backend import Endpoint
 from gateway import __version__
+from gateway.allowance import user_digest
 from gateway.decision import as_json
 from gateway.edge import App
 from gateway.errors import Refusal
 from gateway.exchange import Gateway, exchange, find_route
-from gateway.http import Receive, Scope, authenticate
+from gateway.http import Receive, Scope, recognise
 from gateway.metrics import render
 from gateway.peers import Peers
 from gateway.sinks import Send
+from gateway.standing import as_json as standings_json
+from gateway.standing import facts_of
 
 _JSON = "application/json"
 
@@ -56,6 +59,7 @@ class Endpoints:
             *(Route(path, app, methods=[method]) for (method, path), app in self.busiest().items()),
             Route("/v1/models", self._models, methods=["GET"]),
             Route("/v1/models/{name:path}", self._model, methods=["GET"]),
+            Route("/v1/limits", self._limits, methods=["GET"]),
             Route("/v1/requests/{exchange_id}", self._decision, methods=["GET"]),
             Route("/healthz", self._alive, methods=["GET"]),
             Route("/readyz", self._ready, methods=["GET"]),
@@ -64,13 +68,13 @@ class Endpoints:
         ]
 
     async def _models(self, request: Request) -> Response:
-        caller = authenticate(self._gateway.keyring, request.scope)
+        caller = await recognise(self._gateway.keys, request.scope)
         names = self._gateway.ladder.names.items()
         shown = [self._entry(name) for name, route in names if caller.may_ask(name, route.name)]
         return _json({"object": "list", "data": shown})
 
     async def _model(self, request: Request) -> Response:
-        caller = authenticate(self._gateway.keyring, request.scope)
+        caller = await recognise(self._gateway.keys, request.scope)
         name = request.path_params["name"]
         find_route(self._gateway.ladder, caller, name)
         return _json(self._entry(name))
@@ -78,8 +82,15 @@ class Endpoints:
     def _entry(self, name: str) -> dict[str, Any]:
         return {"id": name, "object": "model", "created": self._started_at, "owned_by": "tierway"}
 
+    async def _limits(self, request: Request) -> Response:
+        gateway = self._gateway
+        caller = await recognise(gateway.keys, request.scope)
+        user = user_digest(caller.user, request.query_params.get("user"))
+        facts = facts_of(gateway.ladder, caller, user)
+        return Response(standings_json(await gateway.admission.standings(facts)), media_type=_JSON)
+
     async def _decision(self, request: Request) -> Response:
-        caller = authenticate(self._gateway.keyring, request.scope)
+        caller = await recognise(self._gateway.keys, request.scope)
         exchange_id = request.path_params["exchange_id"]
         decision = self._gateway.store.get(exchange_id) or await self._peers.decision(exchange_id)
         # Somebody else's record looks like none: ids tell nothing about who else is here.
@@ -106,7 +117,7 @@ class Endpoints:
         return Response(text, media_type="text/plain; version=0.0.4; charset=utf-8")
 
     async def _status(self, request: Request) -> Response:
-        caller = authenticate(self._gateway.keyring, request.scope)
+        caller = await recognise(self._gateway.keys, request.scope)
         if not caller.admin:
             raise Refusal("admin_only", "This key may not read the operator's status.")
         members = self._gateway.fleet.members.values()

@@ -14,7 +14,7 @@ from typing import Literal
 
 import msgspec
 
-from backends.backend import Backend, BackendFault, Unreachable
+from backends.backend import Backend, BackendFault, ServerFacts, Unreachable
 
 _PROBE_EVERY_S = 1.0
 _log = logging.getLogger("tierway.fleet")
@@ -25,7 +25,10 @@ Scores = Literal["always", "not_with_streamed_tools", "never"]
 
 
 class Member(msgspec.Struct, kw_only=True):
-    """One backend and what is known of it. `since` is the time of the last change, in seconds since the epoch."""
+    """One backend and what is known of it. `since` is the time of the last change, in seconds since the epoch.
+
+    `takes_priority`: it schedules by the priority of a call. `facts` are what it says of itself.
+    """
 
     name: str
     kind: str
@@ -33,9 +36,16 @@ class Member(msgspec.Struct, kw_only=True):
     tier: str
     backend: Backend
     scores: Scores = "always"
+    takes_priority: bool = False
+    facts: ServerFacts = ServerFacts()
     up: bool | None = None
     since: float = 0.0
     last_fault: str | None = None
+
+    @property
+    def context_tokens(self) -> int | None:
+        """The context window that it says its model has."""
+        return self.facts.context_tokens(self.model)
 
 
 class Fleet:
@@ -79,7 +89,7 @@ class Fleet:
 
     async def _probe(self, member: Member) -> None:
         try:
-            await member.backend.probe()
+            member.facts = await member.backend.probe()
         except BackendFault as fault:
             self._set(member.name, up=False, fault=str(fault))
         else:

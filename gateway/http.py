@@ -9,7 +9,8 @@ from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 
 from gateway.errors import Refusal
-from policies.access import Caller, Keyring
+from gateway.keys import LiveKeys
+from policies.access import Caller
 
 Scope = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
@@ -48,8 +49,17 @@ def trace_headers(scope: Scope) -> tuple[tuple[str, str], ...]:
     )
 
 
-def authenticate(keyring: Keyring, scope: Scope) -> Caller:
-    """Return who asks. Raises `Refusal` (401). Never looks at the body."""
+async def recognise(keys: LiveKeys, scope: Scope) -> Caller:
+    """Return who asks. Raises `Refusal`: 401, or 503 where the key cannot be looked up. Never looks at the body.
+
+    Waits only for a key that has to be looked up in the store.
+    """
+    key = given_key(scope)
+    return keys.known(key) or await keys.find(key)
+
+
+def given_key(scope: Scope) -> bytes:
+    """Return the key that a request carries. Raises `Refusal` (401) where there is none."""
     key = b""
     given = header(scope, b"authorization")
     if given is not None:
@@ -60,10 +70,7 @@ def authenticate(keyring: Keyring, scope: Scope) -> Caller:
         key = (header(scope, b"x-api-key") or b"").strip()
     if not key:
         raise Refusal("invalid_api_key", "No API key was given. Send it as 'Authorization: Bearer KEY'.")
-    caller = keyring.find(key)
-    if caller is None:
-        raise Refusal("invalid_api_key", "The API key is not known here.")
-    return caller
+    return key
 
 
 async def read_raw_body(scope: Scope, receive: Receive, limit_bytes: int) -> bytes:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 import msgspec
 
@@ -31,9 +31,18 @@ _REFUSALS = _Family("tierway_refusals_total", "Requests answered with an error, 
 _ATTEMPTS = _Family("tierway_attempts_total", "Calls to backends by outcome.", ("tier", "backend", "outcome"))
 _TOKENS = _Family("tierway_tokens_total", "Tokens of all attempts.", ("tier", "kind"))
 _COST = _Family("tierway_cost_usd_total", "Cost of all attempts.", ("tier",))
+_LIMITED = _Family(
+    "tierway_limited_total", "Times a limit had no room; shadow ones refuse nobody.", ("limit", "measure", "shadow")
+)
+_LOCAL = _Family("tierway_limits_local_total", "Limits applied while the store could not be asked.", ("mode",))
 _DEGRADED = _Family("tierway_degraded_total", "Doubted answers served for want of a better one.", ("route",))
+_STORE_FAULTS = _Family("tierway_limits_store_faults_total", "Times the store of the limits did not answer.", ())
+_QUEUED = _Family("tierway_queue_seconds", "Time waited for a turn, of those that waited.", ("route",))
 _FIRST_BYTE = _Family("tierway_first_byte_seconds", "Time to the first byte of an answer.", ("route",))
 _DURATION = _Family("tierway_duration_seconds", "Time to the last byte of an answer.", ("route",))
+
+
+Source = Callable[[], Mapping[str, Mapping[Labels, float]]]
 
 
 class Snapshot(msgspec.Struct):
@@ -61,11 +70,20 @@ class Metrics:
     def __init__(self) -> None:
         self._counters: dict[str, defaultdict[Labels, float]] = defaultdict(lambda: defaultdict(float))
         self._histograms: dict[str, dict[Labels, list[float]]] = defaultdict(dict)
+        self._sources: list[Source] = []
         self.open_exchanges = 0
+
+    def include(self, source: Source) -> None:
+        """Have counters that are kept elsewhere in every snapshot."""
+        self._sources.append(source)
 
     def refused(self, code: str) -> None:
         """Count an error answer."""
         self._counters[_REFUSALS.name][(code,)] += 1
+
+    def limited(self, limit: str, measure: str, *, shadow: bool) -> None:
+        """Count a limit that had no room."""
+        self._counters[_LIMITED.name][(limit, measure, "true" if shadow else "false")] += 1
 
     def decided(self, decision: Decision) -> None:
         """Count an exchange."""
@@ -83,6 +101,8 @@ class Metrics:
         if decision.first_byte_s is not None:
             self._observe(_FIRST_BYTE, (decision.route,), decision.first_byte_s)
         self._observe(_DURATION, (decision.route,), decision.total_s)
+        if decision.queued_s:
+            self._observe(_QUEUED, (decision.route,), decision.queued_s)
 
     def _observe(self, family: _Family, labels: Labels, seconds: float) -> None:
         lists = self._histograms[family.name]
@@ -97,6 +117,7 @@ class Metrics:
         return Snapshot(
             counters={
                 **{name: dict(series) for name, series in self._counters.items()},
+                **{name: dict(series) for source in self._sources for name, series in source().items()},
                 "tierway_open_exchanges": {(): float(self.open_exchanges)},
             },
             histograms={
@@ -109,14 +130,23 @@ class Metrics:
 def render(snapshot: Snapshot, *, up: Mapping[str, bool | None], version: str, config: str) -> bytes:
     """Write Prometheus' text format, version 0.0.4."""
     lines: list[str] = []
-    for family in (_EXCHANGES, _REFUSALS, _ATTEMPTS, _TOKENS, _COST, _DEGRADED):
+    for family in (_EXCHANGES, _REFUSALS, _ATTEMPTS, _TOKENS, _COST, _DEGRADED, _LIMITED, _LOCAL, _STORE_FAULTS):
         series = snapshot.counters.get(family.name, {})
         lines += _head(family, "counter")
         lines += [f"{family.name}{_labels(family.labels, labels)} {value:.15g}" for labels, value in series.items()]
-    for family in (_FIRST_BYTE, _DURATION):
+    for family in (_FIRST_BYTE, _DURATION, _QUEUED):
         lines += _head(family, "histogram")
         for labels, values in snapshot.histograms.get(family.name, {}).items():
             lines += _buckets(family, labels, values)
+    waiting = snapshot.counters.get("tierway_waiting", {}).get((), 0.0)
+    lines += _head(_Family("tierway_waiting", "Requests that wait for a turn.", ()), "gauge")
+    lines.append(f"tierway_waiting {waiting:g}")
+    apart = snapshot.counters.get("tierway_limits_apart", {}).get((), 0.0)
+    lines += _head(
+        _Family("tierway_limits_apart", "Processes that count limits by themselves, their store being down.", ()),
+        "gauge",
+    )
+    lines.append(f"tierway_limits_apart {apart:g}")
     open_now = snapshot.counters.get("tierway_open_exchanges", {}).get((), 0.0)
     lines += _head(_Family("tierway_open_exchanges", "Exchanges under way.", ()), "gauge")
     lines.append(f"tierway_open_exchanges {open_now:g}")

@@ -17,9 +17,10 @@ import signal
 import socket
 import sys
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Generator, Mapping
 from pathlib import Path
 from types import FrameType
+from typing import Literal
 
 import msgspec
 import uvicorn
@@ -31,6 +32,7 @@ from gateway.config.load import Loaded, load
 from gateway.config.meaning import DEMO_DIGEST
 from gateway.config.model import Config, LocalBackend
 from gateway.config.secrets import resolve_all
+from gateway.edge import App
 from gateway.log import set_up_logging
 from gateway.protocol import HttpProtocol
 
@@ -51,6 +53,7 @@ class WorkerSettings(msgspec.Struct, frozen=True):
     workers: int
     folder: str
     local_urls: dict[str, str]
+    admin_fd: int | None = None
 
 
 def serve(loaded: Loaded, *, workers: int, host: str, port: int, say: Say) -> None:
@@ -60,10 +63,12 @@ def serve(loaded: Loaded, *, workers: int, host: str, port: int, say: Say) -> No
     resolve_all(loaded)
     # The port is taken before anything slow, so that a second gateway says so at once.
     listening = [_listen(host, port)] if workers == 1 else _share(host, port, workers)
+    admin = config.server.admin
+    admin_listening = None if admin is None else _listen(admin.host, admin.port)
     settings = _local_settings(loaded, say)
     runner = asyncio.Runner(loop_factory=_loop_factory())
     with runner, contextlib.suppress(KeyboardInterrupt):
-        runner.run(_serve(loaded, settings, listening, say))
+        runner.run(_serve(loaded, settings, listening, admin_listening, say))
 
 
 def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop]:
@@ -119,7 +124,13 @@ def _local_settings(loaded: Loaded, say: Say) -> list[LocalSettings]:
     return settings
 
 
-async def _serve(loaded: Loaded, settings: list[LocalSettings], listening: list[socket.socket], say: Say) -> None:
+async def _serve(
+    loaded: Loaded,
+    settings: list[LocalSettings],
+    listening: list[socket.socket],
+    admin_listening: socket.socket | None,
+    say: Say,
+) -> None:
     servers: dict[str, LocalServer] = {}
     # Until the HTTP server takes the signals over, they end the start.
     starting = asyncio.current_task()
@@ -132,18 +143,19 @@ async def _serve(loaded: Loaded, settings: list[LocalSettings], listening: list[
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.remove_signal_handler(number)
         urls = {name: server.base_url for name, server in servers.items() if server.base_url is not None}
-        address = listening[0].getsockname()
-        shown = f"[{address[0]}]" if ":" in address[0] else address[0]
-        _say_how_to_ask(loaded.config, f"http://{shown}:{address[1]}", urls, say)
+        _say_how_to_ask(loaded.config, _url(listening[0]), urls, say)
+        if admin_listening is not None:
+            say(f"The admin API is on {_url(admin_listening)}.")
         if len(listening) == 1:
-            await _serve_here(loaded, listening[0], urls, Place())
+            await _serve_here(loaded, listening[0], admin_listening, urls, Place())
         else:
-            await _serve_in_workers(loaded, listening, urls)
+            await _serve_in_workers(loaded, listening, admin_listening, urls)
     except asyncio.CancelledError:
         say("Stopped before it was ready.")
     finally:
-        for one in listening:
-            one.close()
+        for one in (*listening, admin_listening):
+            if one is not None:
+                one.close()
         await asyncio.gather(*(server.stop() for server in servers.values()))
 
 
@@ -157,6 +169,12 @@ async def _start_local(settings: list[LocalSettings], servers: dict[str, LocalSe
             say(f"{why} The gateway starts without it.")
 
     await asyncio.gather(*(start(one) for one in settings))
+
+
+def _url(listening: socket.socket) -> str:
+    address = listening.getsockname()
+    shown = f"[{address[0]}]" if ":" in address[0] else address[0]
+    return f"http://{shown}:{address[1]}"
 
 
 def _say_how_to_ask(config: Config, url: str, local_urls: Mapping[str, str], say: Say) -> None:
@@ -186,40 +204,64 @@ class _Server(uvicorn.Server):
         self.should_exit = True
 
 
-def _http_server(loaded: Loaded, local_urls: Mapping[str, str], place: Place) -> uvicorn.Server:
-    app = build(loaded, local_urls=local_urls, place=place)
-    server = _Server(
-        uvicorn.Config(
-            app,
-            http=HttpProtocol,
-            proxy_headers=False,
-            ws="none",
-            lifespan="on",
-            log_config=None,
-            access_log=False,
-            server_header=False,
-            timeout_keep_alive=75,
-            timeout_graceful_shutdown=max(1, round(loaded.config.server.shutdown_grace)),
-        )
+class _Beside(_Server):
+    """A server beside another one, which has the signals."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Generator[None, None, None]:
+        yield
+
+
+def _settings(app: App, loaded: Loaded, lifespan: Literal["on", "off"]) -> uvicorn.Config:
+    return uvicorn.Config(
+        app,
+        http=HttpProtocol,
+        proxy_headers=False,
+        ws="none",
+        lifespan=lifespan,
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        timeout_keep_alive=75,
+        timeout_graceful_shutdown=max(1, round(loaded.config.server.shutdown_grace)),
     )
+
+
+async def _serve_here(
+    loaded: Loaded,
+    listening: socket.socket,
+    admin_listening: socket.socket | None,
+    local_urls: Mapping[str, str],
+    place: Place,
+) -> None:
+    apps = build(loaded, local_urls=local_urls, place=place)
+    server = _Server(_settings(apps.main, loaded, "on"))
     # What was made until now lives as long as the process: the collector need not look at it again and again.
     gc.collect()
     gc.freeze()
     # A request makes some hundred objects and hardly a cycle: looking every 700 finds nothing and costs a twentieth.
     gc.set_threshold(20_000, 20, 20)
-    return server
-
-
-async def _serve_here(loaded: Loaded, listening: socket.socket, local_urls: Mapping[str, str], place: Place) -> None:
-    server = _http_server(loaded, local_urls, place)
+    beside: _Server | None = None
+    serving: asyncio.Task[None] | None = None
+    if apps.admin is not None and admin_listening is not None:
+        beside = _Beside(_settings(apps.admin, loaded, "off"))
+        serving = asyncio.create_task(beside.serve(sockets=[admin_listening]))
     with contextlib.suppress(KeyboardInterrupt):
         await server.serve(sockets=[listening])
+    if beside is not None and serving is not None:
+        beside.should_exit = True
+        await serving
 
 
 # -- several workers --------------------------------------------------------------------------------------------------
 
 
-async def _serve_in_workers(loaded: Loaded, listening: list[socket.socket], local_urls: Mapping[str, str]) -> None:
+async def _serve_in_workers(
+    loaded: Loaded,
+    listening: list[socket.socket],
+    admin_listening: socket.socket | None,
+    local_urls: Mapping[str, str],
+) -> None:
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -229,7 +271,14 @@ async def _serve_in_workers(loaded: Loaded, listening: list[socket.socket], loca
             asyncio.create_task(
                 _keep_worker(
                     WorkerSettings(
-                        str(loaded.path.absolute()), one.fileno(), number, len(listening), folder, dict(local_urls)
+                        str(loaded.path.absolute()),
+                        one.fileno(),
+                        number,
+                        len(listening),
+                        folder,
+                        dict(local_urls),
+                        # One of them is enough for the operator.
+                        admin_listening.fileno() if admin_listening is not None and number == 0 else None,
                     ),
                     stop,
                     loaded.config.server.shutdown_grace,
@@ -251,7 +300,7 @@ async def _keep_worker(settings: WorkerSettings, stop: asyncio.Event, grace_s: f
             "gateway.serve",
             msgspec.json.encode(settings).decode(),
             stdin=asyncio.subprocess.PIPE,
-            pass_fds=[settings.fd],
+            pass_fds=[fd for fd in (settings.fd, settings.admin_fd) if fd is not None],
             start_new_session=True,
         )
         dying = asyncio.create_task(child.wait())
@@ -278,7 +327,8 @@ def _be_worker(settings: WorkerSettings) -> None:
     async def run() -> None:
         # The parent holds the other end of standard input: when it is gone, so are we.
         asyncio.get_running_loop().add_reader(sys.stdin.fileno(), _end_with_parent)
-        await _serve_here(loaded, listening, settings.local_urls, place)
+        admin_listening = None if settings.admin_fd is None else socket.socket(fileno=settings.admin_fd)
+        await _serve_here(loaded, listening, admin_listening, settings.local_urls, place)
 
     with asyncio.Runner(loop_factory=_loop_factory()) as runner, contextlib.suppress(KeyboardInterrupt):
         runner.run(run())

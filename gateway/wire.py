@@ -12,6 +12,7 @@ searches here rest on that.
 from __future__ import annotations
 
 import re
+from contextlib import suppress
 from math import nan
 from typing import Any, Protocol
 
@@ -42,6 +43,7 @@ _SCORES = b'"logprobs":{'
 _NO_SCORES = b'"logprobs":null'
 _WIDE_SCORES = re.compile(rb'"logprobs"(?:\s|:\s)')
 _USAGE = re.compile(rb'"usage"\s*:')
+_LAST_USAGE = b'],"usage":{'
 _NEXT_CHOICE = b"}},{"
 _NEXT_KEY = b'},"'
 _VLLM_END = b'},"finish_reason":'
@@ -74,15 +76,17 @@ class Tap(Protocol):
         ...
 
 
-def make_tap(asked: Asked, *, scored: bool, read_tokens: int) -> Tap:
+def make_tap(asked: Asked, *, scored: bool, read_tokens: int, prompt_tokens: int | None = None) -> Tap:
     """Return the tap for one attempt.
 
     With `scored` log-probabilities were asked for our sake; of a stream the first `read_tokens` of every choice are
-    read, the rest is only taken out.
+    read, the rest is only taken out. `prompt_tokens` is what to tell of the prompt where the server reports nothing.
     """
+    if prompt_tokens is None:
+        prompt_tokens = asked.prompt_tokens if asked.prompt_tokens is not None else -(-asked.prompt_bytes // 4)
     if asked.stream:
-        return StreamTap(asked, scored=scored, read_tokens=read_tokens)
-    return WholeTap(asked, scored=scored)
+        return StreamTap(asked, prompt_tokens, scored=scored, read_tokens=read_tokens)
+    return WholeTap(asked, prompt_tokens, scored=scored)
 
 
 class _Tap:
@@ -91,12 +95,15 @@ class _Tap:
     `complete` says that every choice has finished, `done` that the server has said so.
     """
 
-    def __init__(self, asked: Asked, *, scored: bool) -> None:
+    def __init__(self, asked: Asked, prompt_tokens: int, *, scored: bool) -> None:
         self._asked = asked
+        self._prompt_tokens = prompt_tokens
         self._strip_scores = scored and asked.logprobs is None
         self._trim_scores = scored and asked.logprobs == 0
         self._reported: Usage | None = None
         self._reported_at = 0
+        # The last event with a bill in it that was not read; it is read when somebody wants to know.
+        self._unread_bill: bytes | None = None
         self._spoken_tokens = 0
         self._text_chars: dict[int, int] = {}
         self._score_tokens: dict[int, int] = {}
@@ -138,6 +145,10 @@ class _Tap:
 
     def usage(self) -> TokenUsage:
         """Return what the server reported, or what we counted where it reported nothing that can be true."""
+        if self._unread_bill is not None:
+            payload, self._unread_bill = data_of(self._unread_bill), None
+            with suppress(Broken):
+                self._reported = read_answer(payload or b"").usage
         reported = self._reported
         if reported is not None and reported.prompt_tokens >= 0 and (reported.completion_tokens or 0) >= 0:
             prompt, completion = reported.prompt_tokens_details, reported.completion_tokens_details
@@ -155,7 +166,7 @@ class _Tap:
             )
         # A token is an event on the wire, near enough; what comes whole has about four bytes a token.
         return TokenUsage(
-            prompt_tokens=-(-self._asked.prompt_bytes // 4),
+            prompt_tokens=self._prompt_tokens,
             completion_tokens=max(self.events, self._spoken_tokens),
             counted=True,
         )
@@ -201,13 +212,13 @@ class _Tap:
 class StreamTap(_Tap):
     """For server-sent events."""
 
-    def __init__(self, asked: Asked, *, scored: bool, read_tokens: int) -> None:
-        super().__init__(asked, scored=scored)
+    def __init__(self, asked: Asked, prompt_tokens: int, *, scored: bool, read_tokens: int) -> None:
+        super().__init__(asked, prompt_tokens, scored=scored)
         self._read_tokens = read_tokens if scored else 0
         self._unread = True
         # Events of several choices at once may hold one end beside another's middle.
         self._single = asked.choices == 1
-        self._usage_everywhere = False
+        self._usage_everywhere = self._billed = False
         self._last_kind: dict[int, str] = {}
         self._finished: set[int] = set()
 
@@ -215,9 +226,17 @@ class StreamTap(_Tap):
         """Take one server-sent event, return what of it is the client's. Raises `Broken` for an error event."""
         if not self._unread and self._single and _ORDINARY in event:
             self.events += 1
-            if not self._strip_scores and not self._trim_scores and not self._usage_everywhere:
-                return event
-            if not self._trim_scores and not self._usage_everywhere:
+            strip_usage = self._usage_everywhere
+            if self._billed:
+                head, found, tail = event.rpartition(_LAST_USAGE)
+                if found:
+                    self._unread_bill, self._reported_at = event, self.events
+                    if strip_usage and tail.partition(b"}")[2] == b"}\n\n":
+                        # The bill is the last thing in it, as vLLM writes it.
+                        event, strip_usage = head + b"]}\n\n", False
+            if not strip_usage and not self._trim_scores:
+                if not self._strip_scores:
+                    return event
                 spliced = _without_scores(event)
                 if spliced is not None:
                     return spliced
@@ -239,8 +258,9 @@ class StreamTap(_Tap):
             raise Broken("it reports an error in the middle of its answer")
         choices = answer.choices or ()
         if answer.usage is not None:
-            self._reported = answer.usage
+            self._reported, self._unread_bill = answer.usage, None
             self._reported_at = self.events + bool(choices)
+            self._billed |= bool(choices)
         for choice in choices:
             self._read_delta(choice)
         if not choices:

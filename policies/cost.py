@@ -56,6 +56,13 @@ def cost_of(price: Price, usage: Usage) -> Cost:
     )
 
 
+def most_nusd(price: Price, prompt_tokens: int, completion_tokens: int) -> int:
+    """Return the most that so many tokens can cost, however many of the prompt's are cached."""
+    # A cached token can be the dearer one, and the two parts of a prompt may both be rounded up.
+    dearest_nusd = max(price.input_nusd, price.cached_input_nusd)
+    return _part(prompt_tokens, dearest_nusd) + _part(completion_tokens, price.output_nusd) + 1
+
+
 def _part(tokens: int, nusd_per_million: int) -> int:
     whole, rest = divmod(tokens * nusd_per_million, _MILLION)
     twice = 2 * rest

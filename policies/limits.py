@@ -123,26 +123,31 @@ class Amounts(msgspec.Struct, frozen=True, kw_only=True):
 class Need(msgspec.Struct, frozen=True, kw_only=True):
     """What is reserved for a request: an estimate, and the most: of the answer shown, and of all attempts together.
 
-    `least` is what is sure to be used if it is answered at all.
+    `least` is what is sure to be used if it is answered at all. The most is None where no limit is strict.
     """
 
     least: Amounts = Amounts()
     estimate: Amounts
-    most_shown: Amounts
-    most_of_all: Amounts
+    most_shown: Amounts | None = None
+    most_of_all: Amounts | None = None
 
     @classmethod
     def nothing(cls) -> Need:
         """Return the need of nothing."""
-        return cls(estimate=Amounts(), most_shown=Amounts(), most_of_all=Amounts())
+        return _NOTHING
 
     def of(self, limit: Limit, meter: Meter) -> int:
         """Return what a limit reserves. An estimate alone never says that a request cannot fit at all."""
         measure = meter.measure
         if not limit.strict:
             return max(self.least.of(measure), min(self.estimate.of(measure), capacity(meter.rule)))
-        every_attempt = limit.all_attempts or measure == "spend"
-        return (self.most_of_all if every_attempt else self.most_shown).of(measure)
+        most = self.most_of_all if limit.all_attempts or measure == "spend" else self.most_shown
+        if most is None:
+            raise ValueError(f"the limit {limit.name} is strict, but the most that is needed was not asked for")
+        return most.of(measure)
+
+
+_NOTHING = Need(estimate=Amounts(), most_shown=Amounts(), most_of_all=Amounts())
 
 
 class Use(msgspec.Struct, frozen=True, kw_only=True):

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 import msgspec
 
-from policies.cost import Price, cost_of
+from policies.cost import Price, most_nusd
 from policies.limits import Amounts, Need
 
 
@@ -29,47 +29,36 @@ class Reach(msgspec.Struct, frozen=True, kw_only=True):
     most_answer_tokens: int
 
 
-class _Tokens(msgspec.Struct, frozen=True):
-    prompt_tokens: int
-    completion_tokens: int
-    cached_prompt_tokens: int = 0
+def bound(reach: Sequence[Reach], *, choices: int, most: bool = True) -> Need:
+    """Return what to reserve for a request that may climb `reach`, cheapest tier first, for `choices` answers.
 
-
-def bound(reach: Sequence[Reach], *, choices: int) -> Need:
-    """Return what to reserve for a request that may climb `reach`, cheapest tier first, for `choices` answers."""
-    likely = [_amounts(one.price, one.prompt_tokens, choices * one.answer_tokens) for one in reach]
-    most = [_most(one, choices) for one in reach]
-    least = [_amounts(one.price, one.least_prompt_tokens, 0) for one in reach]
-    return Need(least=_smallest(least), estimate=_largest(likely), most_shown=_largest(most), most_of_all=_sum(most))
+    Without `most` only the estimate is made: nobody wants to know the most where no limit is strict.
+    """
+    estimate = _largest([_amounts(one.price, one.prompt_tokens, choices * one.answer_tokens) for one in reach])
+    # Cached tokens may cost nothing, so no spending is sure.
+    least = Amounts(input_tokens=min([one.least_prompt_tokens for one in reach]))
+    if not most:
+        return Need(least=least, estimate=estimate)
+    all_most = [_amounts(one.price, one.most_prompt_tokens, choices * one.most_answer_tokens) for one in reach]
+    return Need(least=least, estimate=estimate, most_shown=_largest(all_most), most_of_all=_sum(all_most))
 
 
 def _amounts(price: Price, prompt_tokens: int, completion_tokens: int) -> Amounts:
-    # What a cache would save is not counted on, and a cached token can be the dearer one.
-    dearest = msgspec.structs.replace(price, input_nusd=max(price.input_nusd, price.cached_input_nusd))
     return Amounts(
         input_tokens=prompt_tokens,
         output_tokens=completion_tokens,
-        spend_nusd=cost_of(dearest, _Tokens(prompt_tokens, completion_tokens)).total_nusd,
+        spend_nusd=most_nusd(price, prompt_tokens, completion_tokens),
     )
-
-
-def _most(reach: Reach, choices: int) -> Amounts:
-    amounts = _amounts(reach.price, reach.most_prompt_tokens, choices * reach.most_answer_tokens)
-    # Cached and other tokens of a prompt are billed apart, and both parts may be rounded up.
-    return msgspec.structs.replace(amounts, spend_nusd=amounts.spend_nusd + 1)
 
 
 def _largest(amounts: Sequence[Amounts]) -> Amounts:
+    if len(amounts) == 1:
+        return amounts[0]
     return Amounts(
-        input_tokens=max(one.input_tokens for one in amounts),
-        output_tokens=max(one.output_tokens for one in amounts),
-        spend_nusd=max(one.spend_nusd for one in amounts),
+        input_tokens=max([one.input_tokens for one in amounts]),
+        output_tokens=max([one.output_tokens for one in amounts]),
+        spend_nusd=max([one.spend_nusd for one in amounts]),
     )
-
-
-def _smallest(amounts: Sequence[Amounts]) -> Amounts:
-    # Cached tokens may cost nothing, so no spending is sure.
-    return Amounts(input_tokens=min(one.input_tokens for one in amounts))
 
 
 def _sum(amounts: Sequence[Amounts]) -> Amounts:

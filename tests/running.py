@@ -461,8 +461,10 @@ class Stack:
         self._stop.callback(gateway.process.stop)
         return gateway
 
-    def config(self, *, server: Mapping[str, Any] | None = None, hold: Mapping[str, Any] | None = None) -> Any:
-        """Return the configuration of the gateway."""
+    def config(
+        self, *, server: Mapping[str, Any] | None = None, hold: Mapping[str, Any] | None = None, **more: Any
+    ) -> Any:
+        """Return the configuration of the gateway. `more` are further nouns, or others in place of these."""
         hold = {"tokens": 4, "time": "2s", **(hold or {})}
         small, medium, large = ({"tier": name} for name in ("small", "medium", "large"))
         doubting = [{**small, "doubt_below": 0.8}, {**medium, "doubt_below": 0.7}, large]
@@ -496,6 +498,7 @@ class Stack:
                 "told": {"steps": [{"tier": "reciter", "doubt_below": 0.5}, large], "hold": hold},
             },
             "keys": KEYS,
+            **more,
         }
 
     def reset(self) -> None:

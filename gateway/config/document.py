@@ -24,6 +24,9 @@ server:
   port: 8080
   max_body: 4MiB
   shutdown_grace: 1m
+  workers: 4 # processes that share the port; limits then need Redis
+  user_header: x-user-id # set by our own front end, which may be trusted
+  admin: {port: 8081, key: {from: env, name: TIERWAY_ADMIN_KEY}}
 
 backends:
   # Two vLLM servers of one model: interchangeable, so they stand in one tier.
@@ -56,9 +59,14 @@ tiers: # cheapest first; prices in dollars per million tokens
   - name: medium
     backends: [qwen-7b-a, qwen-7b-b]
     price: {input: $0.10, cached_input: $0.025, output: $0.20}
+    context_tokens: 32768
+    max_output_tokens: 4096
   - name: large
     backends: [qwen-72b]
     price: {input: 0.90 USD, output: 0.90 USD}
+    context_tokens: 32768
+    max_output_tokens: 4096
+    queue: {concurrent: 64, size: 200, max_wait: 10s} # the others wait, whoever matters most first
 
 routes: # what a client names as `model`
   auto:
@@ -80,6 +88,36 @@ keys: # `tierway keygen` makes a key and its digest
   - name: website
     sha256: 7c1e9ab0d2f34c5b8e6a7d9f01234ab56cd78ef90ab12cd34ef56ab78cd90ef1
     models: [auto, small]
+    team: web
+    priority: 10
+    metadata: {cost_centre: "4711"}
+
+teams: [research] # beside those of `keys`: keys of the admin API can belong to it
+
+limits: # a request must fit in all that apply to it
+  - name: per-key
+    scope: {key: each}
+    requests: {limit: 600, per: minute, burst: 60}
+    tokens: {limit: 200000, per: minute}
+    concurrent: 32
+  - name: team-budget
+    scope: {team: each}
+    spend: {usd: $500, per: month, timezone: Europe/Berlin}
+  - name: research-grant
+    scope: {team: research}
+    spend: {usd: 2000} # in total
+    reserve: strict # not a cent more: the longest answer is reserved, and what was not used given back
+    when_down: closed
+  - name: users-of-large
+    scope: {user: each, tier: large}
+    output_tokens: {limit: 50000, per: day}
+    shadow: true # counted and reported only
+
+state: # where limits are counted and keys of the admin API are kept
+  kind: redis
+  addresses: [redis-1:6379]
+  password: {from: env, name: REDIS_PASSWORD}
+  tls: {ca: certs/redis.pem}
 
 telemetry:
   log: {format: json, level: info}
@@ -104,7 +142,7 @@ editor that knows JSON Schema completes and checks it while you type: put
 | --- | --- | --- |
 | duration | a number and its unit: `ms`, `s`, `m`, `h` | `500ms`, `1.5s`, `10m` |
 | size | a number and its unit: `B`, `kB`, `MB`, `GB`, or binary `KiB`, `MiB`, `GiB` | `64KiB`, `10MB` |
-| money | dollars per million tokens, at most 9 decimal places, read exactly | `0.05`, `$0.05`, `0.05 USD` |
+| money | dollars, of a price per million tokens; at most 9 decimal places, read exactly | `5`, `$0.05`, `0.05 USD` |
 | name | letters, digits and `._:/@-`, a letter or digit first, at most 128 | `gpt-4o`, `Qwen/Qwen2.5-7B` |
 | truth | `true` or `false`; `yes`, `no`, `on` and `off` are refused | `true` |
 | secret | a reference to where it is, never the secret | `{{from: env, name: VLLM_API_KEY}}` |
@@ -202,9 +240,9 @@ def _words(wrapped: mi.Type) -> str:
     if isinstance(want, mi.VarTupleType):
         items = {"name": "names", "text": "texts"}
         item = _words(want.item_type)
-        return f"list of {items.get(item, item)}" + (", at least one" if want.min_length else "")
+        return f"list of {items.get(item, item)}" + _how_many(want)
     if isinstance(want, mi.DictType):
-        return f"name → {_words(want.value_type)}" + (", at least one" if want.min_length else "")
+        return f"name → {_words(want.value_type)}" + _how_many(want)
     if isinstance(want, mi.LiteralType):
         return " or ".join(f"`{value}`" for value in want.values)
     if isinstance(want, mi.IntType | mi.FloatType):
@@ -214,11 +252,15 @@ def _words(wrapped: mi.Type) -> str:
     return (opened.words or "text").split(" (")[0].removeprefix("a ").removeprefix("an ").removeprefix("the ")
 
 
+def _how_many(want: mi.VarTupleType | mi.DictType) -> str:
+    return ", at least one" if want.min_length else f", at most {want.max_length}" if want.max_length else ""
+
+
 def _number(want: mi.IntType | mi.FloatType, opened: Opened) -> str:
     unit = UNITS[opened.unit] if opened.unit else None
 
     def shown(limit: float) -> str:
-        return f"`{unit.render(limit)}`" if unit else f"{limit:g}"
+        return f"`{unit.render(limit)}`" if unit else str(limit) if isinstance(limit, int) else f"{limit:g}"
 
     words = unit.words if unit else "whole number" if isinstance(want, mi.IntType) else "number"
     if want.ge is not None and want.le is not None:
@@ -235,7 +277,8 @@ def _default(field: mi.Field) -> str:
     if value is None:
         return "absent"
     if isinstance(value, msgspec.Struct):
-        return "its defaults"
+        tag = value.__struct_config__.tag
+        return "its defaults" if tag is None else f"`{{{value.__struct_config__.tag_field}: {tag}}}`"
     if value in ((), {}):
         return "empty"
     return f"`{_plain(value, open_type(field.type))}`"
@@ -291,14 +334,16 @@ def _schema_of(wrapped: mi.Type, definitions: dict[str, Any]) -> dict[str, Any]:
         return references[0] if len(references) == 1 else {"anyOf": references}
     if isinstance(want, mi.VarTupleType):
         items = {"type": "array", "items": _schema_of(want.item_type, definitions)}
-        return items | ({"minItems": want.min_length} if want.min_length else {})
+        limits = {"minItems": want.min_length, "maxItems": want.max_length}
+        return items | {name: limit for name, limit in limits.items() if limit}
     if isinstance(want, mi.DictType):
         members = {
             "type": "object",
             "propertyNames": {"pattern": getattr(open_type(want.key_type).choices[0], "pattern", None)},
             "additionalProperties": _schema_of(want.value_type, definitions),
         }
-        return members | ({"minProperties": want.min_length} if want.min_length else {})
+        limits = {"minProperties": want.min_length, "maxProperties": want.max_length}
+        return members | {name: limit for name, limit in limits.items() if limit}
     if isinstance(want, mi.LiteralType):
         return {"enum": list(want.values)}
     if isinstance(want, mi.BoolType):
@@ -309,7 +354,8 @@ def _schema_of(wrapped: mi.Type, definitions: dict[str, Any]) -> dict[str, Any]:
     text: dict[str, Any] = {"type": "string"}
     if want.pattern:
         text |= {"pattern": want.pattern, "patternErrorMessage": f"expected {opened.words}"}
-    return text | ({"minLength": want.min_length} if want.min_length else {})
+    limits = {"minLength": want.min_length, "maxLength": want.max_length}
+    return text | {name: limit for name, limit in limits.items() if limit}
 
 
 def _schema_of_number(want: mi.IntType | mi.FloatType, opened: Opened) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from types import MappingProxyType
 import msgspec
 from msgspec import inspect
 
+from gateway.config.findings import Findings
 from gateway.config.meaning import Check, model_id
 from gateway.config.model import Config
 from gateway.config.problem import ConfigError, Problem, in_order
@@ -69,9 +70,10 @@ def _parse(text: str, file: str, path: Path, local_model_ids: Mapping[str, str])
     config: Config = walk.value(compose(text, file), inspect.type_info(Config), ())
     if () in walk.broken:  # not a mapping at all: stand-ins only
         raise ConfigError(in_order(walk.problems))
-    check = Check(config, file, walk.marks, walk.broken, local_model_ids)
-    errors = in_order([*walk.problems, *check.errors])
+    findings = Findings(file, walk.marks, walk.broken)
+    Check(config, findings, local_model_ids)
+    errors = in_order([*walk.problems, *findings.errors])
     if errors:
         raise ConfigError(errors)
     content = msgspec.json.encode(config, order="deterministic")
-    return Loaded(config, sha256(content).hexdigest()[:12], path, in_order(check.warnings), walk.marks)
+    return Loaded(config, sha256(content).hexdigest()[:12], path, in_order(findings.warnings), walk.marks)

@@ -2,7 +2,8 @@
 
 Units live in the types: a `Duration` is written `500ms`, `2s`, `10m`, `1h` and held in seconds; a `Size` is written
 `64KiB`, `16MiB` and held in bytes; `UsdPerMillion` is dollars per million tokens and held in integer nano-dollars per
-million tokens. Optional settings are absent, never a magic zero.
+million tokens; `Usd` is an amount of dollars and held in integer nano-dollars. Optional settings are absent, never a
+magic zero; a `Wait` of `0s` is not one, it means what it says.
 """
 
 from __future__ import annotations
@@ -15,40 +16,66 @@ from msgspec import Meta
 from routing.confidence import AnyEstimator, MeanLogprob
 
 Duration = Annotated[float, Meta(gt=0, extra={"unit": "duration"})]
+Lease = Annotated[float, Meta(ge=1, le=600, extra={"unit": "duration"})]
+Wait = Annotated[float, Meta(ge=0, le=3600, extra={"unit": "duration"})]
 Size = Annotated[int, Meta(gt=0, extra={"unit": "size"})]
 UsdPerMillion = Annotated[int, Meta(ge=0, extra={"unit": "usd_per_million"})]
+Usd = Annotated[int, Meta(gt=0, le=9_000_000_000_000_000, extra={"unit": "usd"})]
 Share = Annotated[float, Meta(ge=0, le=1)]
+Count = Annotated[int, Meta(ge=1, le=1_000_000_000)]
+Concurrent = Annotated[int, Meta(ge=1, le=1_000_000)]
+Text = Annotated[str, Meta(min_length=1)]
+Label = Annotated[str, Meta(min_length=1, max_length=256)]
 # `words` say in a message, and in the reference, what the pattern says to a machine.
 Name = Annotated[
     str,
     Meta(
-        pattern=r"^[A-Za-z0-9][A-Za-z0-9._:/@-]{0,127}$",
+        pattern=r"^[A-Za-z0-9][A-Za-z0-9._:/@-]{0,127}$(?!\n)",
         extra={"words": "a name (at most 128 letters, digits and `._:/@-`, a letter or digit first)"},
     ),
 ]
-ModelId = Annotated[str, Meta(min_length=1)]
+Moment = Annotated[
+    str,
+    Meta(
+        pattern=r"^[0-9]{4}-[0-9]{2}-[0-9]{2}T[0-9]{2}:[0-9]{2}:[0-9]{2}(Z|[+-][0-9]{2}:[0-9]{2})$(?!\n)",
+        extra={"words": "a time with its zone, such as `2027-01-31T00:00:00Z`"},
+    ),
+]
+ModelId = Text
 Sha256 = Annotated[
     str,
     Meta(
-        pattern=r"^[0-9a-f]{64}$",
+        pattern=r"^[0-9a-f]{64}$(?!\n)",
         extra={"words": "a SHA-256 digest (64 lower-case hexadecimal digits; `tierway keygen` prints one)"},
     ),
 ]
 Url = Annotated[
     str,
     Meta(
-        pattern=r"^https?://[^\s?#@]+$",
+        pattern=r"^https?://[^\s?#@]+$(?!\n)",
         extra={"words": "an address such as `http://127.0.0.1:8000` (no user, password, query or fragment)"},
     ),
 ]
 Variable = Annotated[
-    str, Meta(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$", extra={"words": "the name of an environment variable"})
+    str, Meta(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$(?!\n)", extra={"words": "the name of an environment variable"})
 ]
 Origin = Annotated[
     str,
     Meta(
-        pattern=r"^(\*|[a-z][a-z0-9+.-]*://[^/\s]+)$",
+        pattern=r"^(\*|[a-z][a-z0-9+.-]*://[^/\s]+)$(?!\n)",
         extra={"words": "`*` or an origin such as `https://chat.example.com` (no path, no slash at its end)"},
+    ),
+]
+
+
+HeaderName = Annotated[
+    str, Meta(pattern=r"^[A-Za-z0-9-]{1,64}$(?!\n)", extra={"words": "the name of a header, such as `x-user-id`"})
+]
+HostPort = Annotated[
+    str,
+    Meta(
+        pattern=r"^(\[[0-9a-fA-F:]+\]|[A-Za-z0-9._-]+):[0-9]{1,5}$(?!\n)",
+        extra={"words": "a `host:port` such as `redis-1:6379`"},
     ),
 ]
 
@@ -74,6 +101,14 @@ class SecretFromFile(Noun, tag_field="from", tag="file", frozen=True, kw_only=Tr
 SecretRef = SecretFromEnv | SecretFromFile
 
 
+class Admin(Noun, frozen=True, kw_only=True):
+    """The operator's own API, on a port of its own: keys, and what the limits hold."""
+
+    host: Annotated[str, Meta(description="Address to listen on.")] = "127.0.0.1"
+    port: Annotated[int, Meta(ge=0, le=65535, description="Port to listen on; 0 picks a free one.")] = 8081
+    key: Annotated[SecretRef, Meta(description="Reference to the key it asks for.")]
+
+
 class Server(Noun, frozen=True, kw_only=True):
     """Where tierway listens and what it accepts."""
 
@@ -86,6 +121,15 @@ class Server(Noun, frozen=True, kw_only=True):
     kept_decisions: Annotated[
         int, Meta(ge=0, description="How many past Decisions each worker keeps for `GET /v1/requests/{exchange_id}`.")
     ] = 10_000
+    workers: Annotated[int, Meta(ge=1, le=255, description="Processes that share the port; one a core is enough.")] = 1
+    user_header: Annotated[
+        HeaderName | None,
+        Meta(
+            description="Request header that names the end user, for limits by `user`; it goes before the body's "
+            "`user`. Only where whatever sets it is trusted."
+        ),
+    ] = None
+    admin: Annotated[Admin | None, Meta(description="The admin API. Absent: there is none.")] = None
     cors_origins: Annotated[
         tuple[Origin, ...], Meta(description="Web origins whose pages may call; `*` allows any. Empty: CORS is off.")
     ] = ()
@@ -113,6 +157,21 @@ class VllmBackend(Noun, tag_field="kind", tag="vllm", frozen=True, kw_only=True)
             "tools; some hosted models always do."
         ),
     ] = "always"
+    priority: Annotated[
+        bool,
+        Meta(
+            description="The server schedules by priority (vLLM's `--scheduling-policy priority`): each call carries "
+            "the priority of its key in place of the client's own."
+        ),
+    ] = False
+    tokenizer: Annotated[
+        Text | None,
+        Meta(
+            description="Path of the model's `tokenizer.json`, to count prompt tokens here (needs "
+            "`tierway[tokenizers]`). Default: the server's `/tokenize` where it has one, tiktoken for models that it "
+            "knows, an estimate learned from what the server reports otherwise.",
+        ),
+    ] = None
     timeouts: Annotated[TimeoutSettings, Meta(description="Limits of each phase of a call.")] = TimeoutSettings()
 
 
@@ -157,12 +216,35 @@ class Price(Noun, frozen=True, kw_only=True):
     ] = None
 
 
+class Queue(Noun, frozen=True, kw_only=True):
+    """How many requests a tier serves at a time, and how many may wait for that."""
+
+    concurrent: Annotated[Concurrent, Meta(description="Calls to the tier at the same time, all replicas together.")]
+    size: Annotated[int, Meta(ge=0, le=100_000, description="Requests that may wait in each replica.")] = 128
+    max_wait: Annotated[
+        Wait, Meta(description="Longest wait. A request that would wait longer is passed on at once.")
+    ] = 10.0
+
+
 class Tier(Noun, frozen=True, kw_only=True):
     """A model size: interchangeable backends at one price."""
 
     name: Annotated[Name, Meta(description="What clients and routes call it.")]
     backends: Annotated[tuple[Name, ...], Meta(min_length=1, description="Names of its backends.")]
     price: Annotated[Price, Meta(description="What its tokens cost.")]
+    context_tokens: Annotated[
+        Count | None,
+        Meta(description="Context window of its models. Default: what a server says of itself, where it does."),
+    ] = None
+    max_output_tokens: Annotated[
+        Count | None,
+        Meta(
+            description="Most tokens of one answer: sent as `max_tokens` where the client wants more or says nothing.",
+        ),
+    ] = None
+    queue: Annotated[
+        Queue | None, Meta(description="How many requests it serves at a time. Absent: as many as come.")
+    ] = None
 
 
 class Step(Noun, frozen=True, kw_only=True):
@@ -213,6 +295,160 @@ class Key(Noun, frozen=True, kw_only=True):
         tuple[Name, ...] | None, Meta(description="The names it may ask for as `model`. Absent: all of them.")
     ] = None
     admin: Annotated[bool, Meta(description="May read `/status`.")] = False
+    team: Annotated[Name | None, Meta(description="The team it belongs to.")] = None
+    user: Annotated[
+        Label | None,
+        Meta(description="The user it belongs to, whatever a request says."),
+    ] = None
+    priority: Annotated[
+        int, Meta(ge=-100, le=100, description="Who is served first where requests wait: the higher one.")
+    ] = 0
+    tags: Annotated[tuple[Name, ...], Meta(max_length=32, description="Words to find it by.")] = ()
+    metadata: Annotated[
+        dict[Name, Annotated[str, Meta(max_length=256)]],
+        Meta(max_length=32, description="What the bill should carry, such as a cost centre."),
+    ] = {}
+    expires: Annotated[Moment | None, Meta(description="When it ends, as `2027-01-31T00:00:00Z`. Absent: never.")] = (
+        None
+    )
+    disabled: Annotated[bool, Meta(description="Known, but refused.")] = False
+
+
+class RateLimit(Noun, frozen=True, kw_only=True):
+    """So many in a period. The allowance fills up evenly, up to `burst`."""
+
+    limit: Annotated[Count, Meta(description="How many in a period.")]
+    per: Annotated[Literal["second", "minute", "hour", "day"], Meta(description="The period.")]
+    burst: Annotated[Count | None, Meta(description="How many at once. Default: as `limit`.")] = None
+
+
+class SpendLimit(Noun, frozen=True, kw_only=True):
+    """So many dollars in a window of time, or in total."""
+
+    usd: Annotated[Usd, Meta(description="How many dollars.")]
+    per: Annotated[
+        Literal["hour", "day", "month"] | None, Meta(description="The window. Absent: in total, for ever.")
+    ] = None
+    window: Annotated[
+        Literal["calendar", "rolling"],
+        Meta(
+            description="From midnight (the full hour, the first of the month) on, or the last so many hours (30 days)."
+        ),
+    ] = "calendar"
+    timezone: Annotated[Label, Meta(description="Whose calendar, as `Europe/Berlin`.")] = "UTC"
+
+
+class LimitScope(Noun, frozen=True, kw_only=True):
+    """What is counted together: `each` counts every one apart, a name counts that one alone. All given must match."""
+
+    key: Annotated[Label | None, Meta(description="Name of a key, or `each`.")] = None
+    team: Annotated[Label | None, Meta(description="Name of a team, or `each`.")] = None
+    user: Annotated[Label | None, Meta(description="A user (of the key, the header or the body), or `each`.")] = None
+    route: Annotated[
+        Label | None, Meta(description="Name of a route, tier or model that requests go to, or `each`.")
+    ] = None
+    model: Annotated[Label | None, Meta(description="What requests name as `model`, aliases too, or `each`.")] = None
+    tier: Annotated[
+        Label | None,
+        Meta(description="Name of a tier, or `each`. Counts the attempts on it, when they start."),
+    ] = None
+
+
+class Limit(Noun, frozen=True, kw_only=True):
+    """How much of what, for whom. A request must fit in all limits that apply to it."""
+
+    name: Annotated[Name, Meta(description="What errors, metrics and `GET /v1/limits` call it.")]
+    scope: Annotated[LimitScope, Meta(description="What is counted together. Absent: everything.")] = LimitScope()
+    requests: Annotated[RateLimit | None, Meta(description="Requests.")] = None
+    tokens: Annotated[RateLimit | None, Meta(description="Prompt and completion tokens together.")] = None
+    input_tokens: Annotated[RateLimit | None, Meta(description="Prompt tokens.")] = None
+    output_tokens: Annotated[RateLimit | None, Meta(description="Completion tokens.")] = None
+    concurrent: Annotated[Concurrent | None, Meta(description="Requests at the same time.")] = None
+    spend: Annotated[SpendLimit | None, Meta(description="Dollars, all attempts included.")] = None
+    reserve: Annotated[
+        Literal["estimate", "strict"],
+        Meta(
+            description="What a request reserves before its length is known: what answers usually take, or the most it "
+            "can come to."
+        ),
+    ] = "estimate"
+    counted: Annotated[
+        Literal["shown", "all_attempts"],
+        Meta(description="Which tokens count: those the client is shown as its usage, or those of every attempt."),
+    ] = "shown"
+    max_wait: Annotated[
+        Wait,
+        Meta(
+            description="How long a request may wait that would fit once others have given back what they reserved; "
+            "with `0s` it is refused at once."
+        ),
+    ] = 5.0
+    priority: Annotated[
+        int | None,
+        Meta(
+            description="Of the limits with a priority that match a request only those with the highest one apply. "
+            "Absent: applies whatever else does."
+        ),
+    ] = None
+    shadow: Annotated[bool, Meta(description="Count and report, refuse nothing.")] = False
+    when_down: Annotated[
+        Literal["open", "closed", "share"],
+        Meta(
+            description="While the store cannot be asked: let everything through, nothing, or let each replica give "
+            "out its share."
+        ),
+    ] = "share"
+
+
+class MemoryState(Noun, tag_field="kind", tag="memory", frozen=True, kw_only=True):
+    """Counted in the process itself, and forgotten with it."""
+
+    per_worker_shares: Annotated[
+        bool, Meta(description="Give every worker its share of each limit. Otherwise several workers are refused.")
+    ] = False
+
+
+class Tls(Noun, frozen=True, kw_only=True):
+    """How the connection to the store is encrypted."""
+
+    ca: Annotated[Label | None, Meta(description="File with the certificates to trust. Default: the system's.")] = None
+    server_name: Annotated[Label | None, Meta(description="Name the certificate must be for. Default: the host.")] = (
+        None
+    )
+
+
+class RedisState(Noun, tag_field="kind", tag="redis", frozen=True, kw_only=True):
+    """Counted in Redis or Valkey, exactly, for any number of workers and replicas."""
+
+    addresses: Annotated[
+        tuple[HostPort, ...],
+        Meta(min_length=1, description="The server; with `sentinel` the sentinels, with `cluster` some of its nodes."),
+    ]
+    mode: Annotated[Literal["standalone", "sentinel", "cluster"], Meta(description="What stands there.")] = "standalone"
+    master: Annotated[Label | None, Meta(description="With `sentinel`: the name of the master it watches.")] = None
+    database: Annotated[int, Meta(ge=0, le=15, description="Number of the database; a cluster has only 0.")] = 0
+    user: Annotated[Label | None, Meta(description="User name, where access lists are used.")] = None
+    password: Annotated[SecretRef | None, Meta(description="Reference to the password.")] = None
+    tls: Annotated[Tls | None, Meta(description="Encrypt the connection. Absent: plain.")] = None
+    prefix: Annotated[Name, Meta(description="How all its keys begin: one deployment, one prefix.")] = "tierway"
+    partition: Annotated[
+        Literal["deployment", "team", "key"],
+        Meta(
+            description="What shares a slot of a cluster. Limits are exact within a partition, so none may cross it: "
+            "with `team` each must be of a team or key, with `key` of a key."
+        ),
+    ] = "deployment"
+    timeout: Annotated[Duration, Meta(le=10.0, description="Longest wait for an answer.")] = 0.05
+    lease: Annotated[Lease, Meta(description="How long a reservation of a replica that has died is held.")] = 30.0
+    expected_replicas: Annotated[
+        int, Meta(ge=1, le=10_000, description="How many processes share the limits, where the store could never tell.")
+    ] = 1
+    keys_valid_for: Annotated[
+        Duration, Meta(description="How long a key of the store is believed while the store cannot be asked.")
+    ] = 30.0
+
+
+AnyState = MemoryState | RedisState
 
 
 class Log(Noun, frozen=True, kw_only=True):
@@ -238,7 +474,17 @@ class Config(Noun, frozen=True, kw_only=True):
 
     backends: Annotated[dict[Name, AnyBackend], Meta(min_length=1, description="The servers that answer, by name.")]
     tiers: Annotated[tuple[Tier, ...], Meta(min_length=1, description="The model sizes, cheapest first.")]
-    keys: Annotated[tuple[Key, ...], Meta(min_length=1, description="Who may ask.")]
+    keys: Annotated[
+        tuple[Key, ...],
+        Meta(description="Who may ask. May be empty where the admin API is on, whose keys are in the store."),
+    ] = ()
+    teams: Annotated[
+        tuple[Name, ...], Meta(description="Teams that keys of the store may belong to, beside those of `keys`.")
+    ] = ()
+    limits: Annotated[tuple[Limit, ...], Meta(max_length=1000, description="How much of what, for whom.")] = ()
+    state: Annotated[AnyState, Meta(description="Where limits are counted and keys of the admin API are kept.")] = (
+        MemoryState()
+    )
     routes: Annotated[dict[Name, Route], Meta(description="The names clients may ask for as `model`.")] = {}
     server: Annotated[Server, Meta(description="Where tierway listens and what it accepts.")] = Server()
     telemetry: Annotated[Telemetry, Meta(description="Logs and traces.")] = Telemetry()

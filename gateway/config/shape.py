@@ -155,6 +155,8 @@ class Walk:
             if key in fields:
                 values[fields[key].name] = self.value(child, fields[key].type, (*place, key))
             else:
+                # Whoever misses the key that was meant can see that something was meant.
+                self.broken.add((*place, key))
                 known = ([tag_field] if tag_field else []) + list(fields)
                 hint = guess(key, known) or f"; known here: {', '.join(f'`{name}`' for name in known)}"
                 self._say_at(self.key_marks[(*place, key)], place, f"unknown key {quoted(key)}{hint}")
@@ -174,6 +176,8 @@ class Walk:
             self.value(child, want.value_type, (*place, "?"))
         if not items and want.min_length and place not in self.broken:
             return self._say(node, place, f"expected {plain(opened)}, at least one, found none")
+        if want.max_length is not None and len(items) > want.max_length:
+            return self._say(node, place, f"expected {plain(opened)}, at most {want.max_length}, found {len(items)}")
         values = {}
         for key, child in items.items():
             values[key] = self.value(child, want.value_type, (*place, key))
@@ -219,6 +223,9 @@ class Walk:
             return self._say(node, place, f"expected {plain(opened)}, found {_found(node)}")
         if len(node.value) < (want.min_length or 0):
             return self._say(node, place, f"expected {plain(opened)}, at least {want.min_length}, found none")
+        if want.max_length is not None and len(node.value) > want.max_length:
+            found = len(node.value)
+            return self._say(node, place, f"expected {plain(opened)}, at most {want.max_length}, found {found}")
         return tuple(self.value(child, want.item_type, (*place, index)) for index, child in enumerate(node.value))
 
     def _text(self, node: yaml.ScalarNode, want: mi.StrType, opened: Opened, place: Place) -> Any:
@@ -238,6 +245,8 @@ class Walk:
             return self._say(node, place, f"expected {what}")
         if len(text) < (want.min_length or 0):
             return self._say(node, place, f"expected {what}, found empty text")
+        if want.max_length is not None and len(text) > want.max_length:
+            return self._say(node, place, f"expected at most {want.max_length} characters, found {len(text)}")
         return text
 
     def _truth(self, node: yaml.ScalarNode, place: Place) -> Any:
@@ -313,9 +322,11 @@ def plain(opened: Opened) -> str:
     if opened.words:
         return opened.words
     if opened.unit:
-        return {"duration": "a duration such as `2s`", "size": "a size such as `64KiB`"}.get(
-            opened.unit, "dollars per million tokens"
-        )
+        return {
+            "duration": "a duration such as `2s`",
+            "size": "a size such as `64KiB`",
+            "usd": "dollars such as `$5`",
+        }.get(opened.unit, "dollars per million tokens")
     if isinstance(want, mi.StructType) and want.tag_field == "from":
         return "a reference such as `{from: env, name: …}` (a secret never stands in this file)"
     if isinstance(want, mi.StructType) and want.tag_field:

@@ -1,7 +1,8 @@
 """How is a quantity written? Durations, sizes and money as people write them, to and from exact values.
 
-A duration is held in seconds (float), a size in bytes (int), money in integer nano-dollars per million tokens. What is
-read never passes through a float before it is exact: `0.1` dollars are 100 000 000 nano-dollars and nothing else.
+A duration is held in seconds (float), a size in bytes (int), an amount of money in integer nano-dollars, a price in
+integer nano-dollars per million tokens. What is read never passes through a float before it is exact: `0.1` dollars
+are 100 000 000 nano-dollars and nothing else.
 """
 
 from __future__ import annotations
@@ -27,6 +28,8 @@ MONEY = r"^(?:\$ ?[0-9]+(?:\.[0-9]{1,9})?|[0-9]+(?:\.[0-9]{1,9})?(?: ?USD)?)$"
 LONGEST_DURATION_S = 365 * 24 * 3600
 LARGEST_SIZE = 2**50
 DEAREST_NUSD = 1_000_000 * NANO
+LARGEST_NUSD = 9_000_000 * NANO
+"""Nano-dollars of the largest amount: below 2**53, so that a store that counts in doubles counts it exactly."""
 
 
 class UnitError(ValueError):
@@ -68,6 +71,8 @@ def parse_duration(text: str) -> float:
 
 def render_duration(seconds: float) -> str:
     """Seconds as `parse_duration` reads them, in the largest unit that makes a whole number."""
+    if not seconds:
+        return "0s"
     exact = Decimal(repr(float(seconds)))
     for unit in ("h", "m", "s", "ms"):
         number = exact / SECONDS[unit]
@@ -103,24 +108,35 @@ def render_size(size: float) -> str:
 
 def parse_usd_per_million(text: str) -> int:
     """`0.05`, `$0.05`, `0.05 USD` in nano-dollars, exact. Raises UnitError, also for a tenth decimal place."""
+    nano = _nano_dollars(text, "a price", "dollars per million tokens, such as `0.05`, `$0.05` or `0.05 USD`")
+    if nano > DEAREST_NUSD:
+        raise UnitError(f"expected at most 1000000 dollars per million tokens, found `{text}`")
+    return nano
+
+
+def parse_usd(text: str) -> int:
+    """`5`, `$5`, `0.25 USD` in nano-dollars, exact. Raises UnitError, also for a tenth decimal place."""
+    nano = _nano_dollars(text, "an amount", "dollars, such as `5`, `$5` or `0.25 USD`")
+    if nano > LARGEST_NUSD:
+        raise UnitError(f"expected at most 9000000 dollars, found `{text}`")
+    return nano
+
+
+def _nano_dollars(text: str, what: str, words: str) -> int:
     match = re.fullmatch(r"(\$ ?)?([0-9]+(?:\.[0-9]*)?|\.[0-9]+)( ?USD)?", text) if len(text) <= LONGEST else None
     if match is None or (match[1] and match[3]):
         if re.fullmatch(r"-(\$ ?)?[0-9.]+( ?USD)?", text):
-            raise UnitError("a price must not be negative")
-        raise UnitError(
-            f"expected dollars per million tokens, such as `0.05`, `$0.05` or `0.05 USD`, found {_shown(text)}"
-        )
+            raise UnitError(f"{what} must not be negative")
+        raise UnitError(f"expected {words}, found {_shown(text)}")
     dollars = Decimal(match[2])
     nano = dollars * NANO
     if nano != int(nano):
         raise UnitError(f"expected dollars with at most 9 decimal places, found `{text}`")
-    if nano > DEAREST_NUSD:
-        raise UnitError(f"expected at most 1000000 dollars per million tokens, found `{text}`")
     return int(nano)
 
 
-def render_usd_per_million(nano_usd: float) -> str:
-    """Nano-dollars as `parse_usd_per_million` reads them: `$0.05`."""
+def render_usd(nano_usd: float) -> str:
+    """Nano-dollars as `parse_usd` and `parse_usd_per_million` read them: `$0.05`."""
     whole, rest = divmod(int(nano_usd), NANO)
     cents = f"{rest:09d}".rstrip("0").ljust(2, "0")
     return f"${whole}.{cents}"
@@ -134,7 +150,8 @@ UNITS = {
         MONEY,
         numeric=True,
         parse=parse_usd_per_million,
-        render=render_usd_per_million,
+        render=render_usd,
     ),
+    "usd": Unit("dollars", MONEY, numeric=True, parse=parse_usd, render=render_usd),
 }
 """What `Meta(extra={"unit": …})` in `gateway.config.model` can name."""

@@ -6,7 +6,10 @@ import asyncio
 import importlib.metadata
 import importlib.util
 import socket
+import ssl
 import sys
+import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import msgspec
@@ -23,6 +26,7 @@ _PACKAGES = ("gateway", "backends", "policies", "routing")
 _LIBRARIES = ("starlette", "uvicorn", "aiohttp", "msgspec", "tiktoken", "redis", "opentelemetry-api")
 _OPTIONAL = ("xllamacpp", "litellm", "vllm", "locust")
 _OLDEST = (3, 11)
+_LONGEST_LOOK_S = 2.0
 
 
 class Finding(msgspec.Struct, frozen=True):
@@ -103,12 +107,78 @@ async def backends(loaded: Loaded) -> list[Finding]:
         await pool.close()
 
 
+async def stores(loaded: Loaded) -> list[Finding]:
+    """Look whether every address of the store answers, in time, and keeps what it is given."""
+    state = loaded.config.state
+    if not isinstance(state, noun.RedisState):
+        return [Finding("state", ok=None, detail="in memory")]
+    secrets = resolve_all(loaded)
+    # Sentinels have passwords of their own, if any.
+    login = [] if state.password is None else [*([state.user] if state.user else []), secrets[state.password].reveal()]
+    say = [] if state.mode == "sentinel" or not login else [("AUTH", *login)]
+
+    async def look(address: str) -> Finding:
+        what = f"state {address}"
+        host, _, number = address.rpartition(":")
+        try:
+            async with asyncio.timeout(_LONGEST_LOOK_S):
+                said, seconds = await _asked(loaded, host.strip("[]"), int(number), [*say, ("PING",), ("INFO",)])
+        except TimeoutError:
+            return Finding(what, ok=False, detail=f"does not answer within {_LONGEST_LOOK_S:g} s")
+        except (OSError, EOFError, ValueError) as fault:
+            return Finding(what, ok=False, detail=f"cannot be asked: {fault}")
+        told = dict(line.split(":", 1) for line in said.splitlines() if ":" in line)
+        version = f"{told.get('redis_version', 'of unknown version')} answers in {seconds * 1000:.1f} ms"
+        if told.get("maxmemory_policy", "noeviction") != "noeviction":
+            return Finding(what, ok=False, detail=f"{version}, but forgets when it is full: set noeviction")
+        if seconds > state.timeout:
+            return Finding(what, ok=False, detail=f"{version}, more than `timeout`")
+        return Finding(what, ok=True, detail=version)
+
+    return list(await asyncio.gather(*(look(address) for address in state.addresses)))
+
+
+async def _asked(loaded: Loaded, host: str, number: int, said: Sequence[Sequence[str]]) -> tuple[str, float]:
+    """Say this to a server of the Redis protocol (RESP 2); return its last answer and the time the one before took.
+
+    Written out, because a doctor that used the client would wait and try again as the client does.
+    """
+    state = loaded.config.state
+    tls = state.tls if isinstance(state, noun.RedisState) else None
+    context = None
+    if tls is not None:
+        context = ssl.create_default_context(cafile=None if tls.ca is None else str(loaded.beside(tls.ca)))
+    reader, writer = await asyncio.open_connection(
+        host, number, ssl=context, server_hostname=None if tls is None else tls.server_name or host
+    )
+    try:
+        answer, seconds = "", []
+        for words in said:
+            began = time.perf_counter()
+            parts = "".join(f"${len(word.encode())}\r\n{word}\r\n" for word in words)
+            writer.write(f"*{len(words)}\r\n{parts}".encode())
+            line = (await reader.readuntil(b"\r\n")).decode().strip()
+            if line.startswith("-") or line[:1] not in {"+", "$"}:
+                raise ValueError(line[1:] if line.startswith("-") else "this is no Redis")
+            answer = line[1:]
+            if line.startswith("$"):
+                answer = (await reader.readexactly(int(line[1:]) + 2)).decode()
+            seconds.append(time.perf_counter() - began)
+        return answer, seconds[-2]
+    finally:
+        writer.close()
+
+
 def run(loaded: Loaded | None) -> int:
     """Print every finding; 1 if any is bad."""
     findings = [Finding("tierway", ok=True, detail=__version__), *packages(), *versions()]
     if loaded is not None:
         findings.append(port(loaded.config.server.host, loaded.config.server.port))
+        admin = loaded.config.server.admin
+        if admin is not None:
+            findings.append(port(admin.host, admin.port))
         findings += asyncio.run(backends(loaded))
+        findings += asyncio.run(stores(loaded))
     for finding in findings:
         mark = {True: "ok  ", False: "BAD ", None: "    "}[finding.ok]
         print(f"{mark}{finding.what:<24}{finding.detail}")

@@ -1,21 +1,38 @@
-"""What would happen to this request? Facts, plan and reasons, without sending anything."""
+"""What would happen to this request? Facts, limits, plan and reasons, without sending anything."""
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
+from itertools import groupby
 from pathlib import Path
 
 import msgspec
 
 from backends.backend import Endpoint
-from gateway.app import caller_of, ladder_of
+from gateway.allowance import user_digest
+from gateway.app import ladder_of
 from gateway.body import read_body
 from gateway.config.load import Loaded
+from gateway.config.units import render_usd
 from gateway.errors import Refusal
 from gateway.exchange import find_route
+from gateway.keys import caller_of
+from gateway.rules import limits_of
 from policies.access import Caller
+from policies.limits import Facts, Limit, Meter, accounts_of, described
 from routing.ladder import Route
 from routing.plan import RoutePlan, make_plan
+
+
+class Applied(msgspec.Struct, frozen=True, kw_only=True):
+    """A limit that the request, or one of its attempts (`to`), has to fit in. `counts` says whom it counts together."""
+
+    limit: str
+    to: str
+    counts: str
+    allows: tuple[str, ...]
+    shadow: bool
 
 
 class Explanation(msgspec.Struct, frozen=True, kw_only=True):
@@ -23,6 +40,7 @@ class Explanation(msgspec.Struct, frozen=True, kw_only=True):
 
     facts: object
     route: str
+    limits: tuple[Applied, ...]
     plan: tuple[object, ...]
     why: tuple[str, ...]
 
@@ -31,7 +49,7 @@ def explain(loaded: Loaded, request: bytes, *, key: str | None = None) -> Explan
     """Explain one request body. Raises `Refusal` with what a client would be told.
 
     The endpoint is text completion where the body has a `prompt`, else chat. `key` is the name of a key whose
-    permissions hold; without it everything is permitted.
+    permissions and limits hold; without it everything is permitted.
     """
     endpoint: Endpoint = (
         "completions" if b'"prompt"' in request and b'"messages"' not in request else "chat/completions"
@@ -41,7 +59,52 @@ def explain(loaded: Loaded, request: bytes, *, key: str | None = None) -> Explan
     caller = Caller(key="explain") if key is None else callers[key]
     route = find_route(ladder_of(loaded.config), caller, body.asked.model)
     plan = make_plan(route, choices=body.asked.choices, down=frozenset(), tie_break=0)
-    return Explanation(facts=body.asked, route=route.name, plan=plan.attempts, why=tuple(_reasons(route, plan)))
+    user = caller.user or body.asked.user
+    facts = Facts(
+        key=caller.key,
+        team=caller.team,
+        user=user_digest(user),
+        route=route.name,
+        model=body.asked.model,
+    )
+    return Explanation(
+        facts=body.asked,
+        route=route.name,
+        limits=tuple(_limits(limits_of(loaded.config), facts, [rung.tier for rung in route.rungs])),
+        plan=plan.attempts,
+        why=tuple(_reasons(route, plan)),
+    )
+
+
+def _limits(limits: tuple[Limit, ...], facts: Facts, tiers: list[str]) -> Iterator[Applied]:
+    """Yield what the request has to fit in, then what each of its attempts has."""
+    of_requests = [limit for limit in limits if not limit.of_attempts]
+    of_attempts = [limit for limit in limits if limit.of_attempts]
+    for tier in (None, *tiers):
+        seen = msgspec.structs.replace(facts, tier=tier)
+        accounts = accounts_of(of_requests if tier is None else of_attempts, seen)
+        for limit, meters in groupby(accounts, key=lambda account: account.limit):
+            yield Applied(
+                limit=limit.name,
+                to="the request" if tier is None else f"an attempt on {tier}",
+                counts=limit.matched(seen) or "everything",
+                allows=tuple(_allowance(account.meter) for account in meters),
+                shadow=limit.shadow,
+            )
+
+
+def _allowance(meter: Meter) -> str:
+    """`60 requests per minute, 10 at once` of a meter."""
+    told = described(meter)
+    amount = render_usd(meter.rule.limit) if meter.measure == "spend" else str(meter.rule.limit)
+    text = f"{amount} {meter.measure}"
+    if "per" in told:
+        text += f" per {told['per']}"
+    if "burst" in told:
+        text += f", {told['burst']} at once"
+    if "window" in told:
+        text += f" ({', '.join(str(told[word]) for word in ('window', 'timezone') if word in told)})"
+    return text
 
 
 def _reasons(route: Route, plan: RoutePlan) -> list[str]:

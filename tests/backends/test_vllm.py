@@ -23,12 +23,15 @@ from backends.backend import (
     Call,
     Overloaded,
     Rejected,
+    ServerFacts,
     TimedOut,
     Timeouts,
     Unreachable,
+    Window,
 )
+from backends.error_answers import fault_of
 from backends.sse import DONE
-from backends.vllm import HttpPool, VllmBackend, fault_of
+from backends.vllm import HttpPool, VllmBackend
 
 RECORDED = Path(__file__).parents[1] / "contract"
 KEY = "sk-upstream-secret"
@@ -1055,8 +1058,49 @@ def probe(play: Play, timeouts: Timeouts | None = None) -> list[str]:
     return against(play, client, timeouts)
 
 
-def test_a_healthy_server_is_asked_once() -> None:
-    assert probe(health(200)) == ["/health"]
+def test_a_healthy_server_is_asked_for_its_models_once() -> None:
+    async def client(backend: VllmBackend, server: Server) -> list[str]:
+        for _ in range(3):
+            await backend.probe()
+        return [request.path for request in server.requests]
+
+    assert against(health(200), client) == ["/health", "/v1/models", "/health", "/health"]
+
+
+@pytest.mark.parametrize("status", [401, 404, 500])
+def test_a_server_that_does_not_tell_its_models_is_no_worse(status: int) -> None:
+    assert probe(health(200, status)) == ["/health", "/v1/models"]
+
+
+@pytest.mark.parametrize(("kind", "model"), [("vllm", "smollm2-135m"), ("llamacpp", "smollm2")])
+def test_a_probe_says_what_the_server_says_of_itself(kind: str, model: str) -> None:
+    async def play(connection: Connection) -> None:
+        while True:
+            request = await connection.request()
+            connection.answer(200, answered(f"{kind}/get_v1_models") if request.path == "/v1/models" else b"{}")
+
+    async def client(backend: VllmBackend, _: Server) -> list[ServerFacts]:
+        return [await backend.probe(), await backend.probe()]
+
+    first, second = against(play, client)
+    assert first == second
+    assert first == ServerFacts(software=kind, windows=(Window(model, 2048),))  # type: ignore[arg-type]
+
+
+def test_a_server_that_was_away_is_asked_anew_what_it_is() -> None:
+    async def play(connection: Connection) -> None:
+        while True:
+            request = await connection.request()
+            connection.answer(statuses.pop(0) if request.path == "/health" else 200, b"{}")
+
+    async def client(backend: VllmBackend, server: Server) -> list[str]:
+        for _ in range(3):
+            with suppress(Broken):
+                await backend.probe()
+        return [request.path for request in server.requests]
+
+    statuses = [200, 503, 200]
+    assert against(play, client) == ["/health", "/v1/models", "/health", "/health", "/v1/models"]
 
 
 @pytest.mark.parametrize("status", [404, 405, 501])
@@ -1077,3 +1121,93 @@ def test_a_server_that_hangs_up_is_unreachable() -> None:
 
     with pytest.raises(Unreachable):
         probe(play)
+
+
+# -- counting ---------------------------------------------------------------------------------------------------------
+
+CHAT_CALL = Call(
+    endpoint="chat/completions", body=(b'{"model":"m","stream":true,', b'"messages":[{"role":"user"}]}'), stream=False
+)
+TEXT_CALL = Call(endpoint="completions", body=(b'{"model":"m",', b'"prompt":"Hello world"}'), stream=False)
+
+
+def answered(name: str) -> bytes:
+    """The body of a recorded answer."""
+    recorded = json.loads((RECORDED / f"{name}.json").read_bytes())
+    return json.dumps(recorded["response"]["body"], separators=(",", ":")).encode()
+
+
+def counts(kind: str, answers: dict[str, tuple[int, bytes]], *calls: Call) -> tuple[list[int | None], list[Request]]:
+    """What a server of that kind says of calls, and what it was asked for that."""
+
+    async def play(connection: Connection) -> None:
+        while True:
+            request = await connection.request()
+            if request.method == "GET":
+                connection.answer(200, answered(f"{kind}/get_v1_models") if request.path == "/v1/models" else b"{}")
+            else:
+                connection.answer(*answers.get(request.path, (404, b"{}")))
+
+    async def client(backend: VllmBackend, server: Server) -> tuple[list[int | None], list[Request]]:
+        await backend.probe()
+        found = [await backend.count_tokens(call) for call in calls]
+        return found, [request for request in server.requests if request.method == "POST"]
+
+    return against(play, client)
+
+
+def test_vllm_is_asked_with_the_body_of_the_call() -> None:
+    tokenize = {"/tokenize": (200, answered("vllm/tokenize_chat"))}
+    found, asked = counts("vllm", tokenize, CHAT_CALL, TEXT_CALL)
+    assert found == [37, 37]
+    assert [(one.path, one.body) for one in asked] == [
+        ("/tokenize", b"".join(CHAT_CALL.body)),
+        ("/tokenize", b"".join(TEXT_CALL.body)),
+    ]
+
+
+def test_llama_cpp_is_asked_for_a_chat_at_one_address_and_for_a_text_at_another() -> None:
+    answers = {
+        "/v1/chat/completions/input_tokens": (200, answered("llamacpp/count_chat")),
+        "/tokenize": (200, answered("llamacpp/tokenize_content")),
+    }
+    batch = Call(endpoint="completions", body=(b'{"prompt":["a","b"]}',), stream=False)
+    found, asked = counts("llamacpp", answers, CHAT_CALL, TEXT_CALL, batch)
+    assert found == [37, 2, None]
+    assert [one.body for one in asked] == [
+        b"".join(CHAT_CALL.body),
+        b'{"add_special":true,"content":"Hello world"}',
+    ]
+
+
+def test_a_server_that_cannot_count_is_asked_once() -> None:
+    found, asked = counts("vllm", {}, CHAT_CALL, CHAT_CALL)
+    assert found == [None, None]
+    assert len(asked) == 1
+
+
+@pytest.mark.parametrize("answer", [(400, b"{}"), (500, b""), (200, b"<html>"), (200, b'{"tokens":[]}')])
+def test_a_request_that_is_not_counted_says_nothing_of_the_next(answer: tuple[int, bytes]) -> None:
+    found, asked = counts("vllm", {"/tokenize": answer}, CHAT_CALL, CHAT_CALL)
+    assert found == [None, None]
+    assert len(asked) == 2
+
+
+def test_a_megabyte_is_sent_in_slices_and_its_ids_are_counted() -> None:
+    ids = ",".join(str(one) for one in range(250_000))
+    answers = {"/tokenize": (200, f'{{"count":250000,"max_model_len":9,"tokens":[{ids}]}}'.encode())}
+    large = Call(endpoint="completions", body=(b'{"model":"m",', b'"prompt":"%b"}' % (b"x" * 1_000_000)), stream=False)
+    found, asked = counts("vllm", answers, large)
+    assert found == [250_000]
+    assert asked[0].body == b"".join(large.body)
+
+
+def test_a_server_that_hangs_up_on_a_count_is_a_fault() -> None:
+    async def play(connection: Connection) -> None:
+        await connection.request()
+
+    async def client(backend: VllmBackend, _: Server) -> int | None:
+        return await backend.count_tokens(CHAT_CALL)
+
+    with pytest.raises(Unreachable):
+        against(play, client)

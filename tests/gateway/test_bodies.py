@@ -16,6 +16,7 @@ from backends.backend import Endpoint
 from gateway import bodies
 from gateway.bodies import BodyReader
 from gateway.body import Body, read_body
+from gateway.child import FRAME
 from gateway.errors import Refusal
 
 T = TypeVar("T")
@@ -69,8 +70,8 @@ def using(act: Callable[[BodyReader], Awaitable[T]]) -> T:
 
 
 def child_of(reader: BodyReader) -> asyncio.subprocess.Process:
-    assert reader._child is not None
-    return reader._child
+    assert reader._child.process is not None
+    return reader._child.process
 
 
 async def refused(reader: BodyReader, endpoint: Endpoint, raw: bytes) -> tuple[str, str, str | None]:
@@ -109,7 +110,7 @@ def test_small_bodies_start_no_child() -> None:
         assert len(small) == LIMIT
         assert await reader.read("completions", small) == read_body("completions", small)
         assert (await refused(reader, "completions", b"{}"))[0] == "missing_required_parameter"
-        assert reader._child is None
+        assert reader._child.process is None
 
     using(act)
 
@@ -191,7 +192,7 @@ def test_a_reader_that_never_read_can_be_closed() -> None:
     using(lambda reader: reader.close())
 
 
-@pytest.mark.parametrize("sent", [b"", b"\x00", bodies._HEADER.pack(0, 10) + b"12345"], ids=["idle", "head", "body"])
+@pytest.mark.parametrize("sent", [b"", b"\x00", FRAME.pack(1, 10) + b"\x0012345"], ids=["idle", "head", "body"])
 def test_the_child_ends_when_its_input_does(sent: bytes) -> None:
     async def run() -> tuple[int | None, bytes]:
         child = await asyncio.create_subprocess_exec(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import time
 from typing import Any, get_args
@@ -33,8 +34,12 @@ def text(**fields: Any) -> Body:
     return read("completions", TEXT | fields)
 
 
-def sent(body: Body, *, scored: bool = False) -> Json:
-    found: Json = json.loads(b"".join(body.for_backend("small-1", scored=scored)))
+def sent(body: Body, *, scored: bool = False, **ours: Any) -> Json:
+    def once(pairs: list[tuple[str, Any]]) -> Json:
+        assert len(dict(pairs)) == len(pairs)
+        return dict(pairs)
+
+    found: Json = json.loads(b"".join(body.for_backend("small-1", scored=scored, **ours)), object_pairs_hook=once)
     return found
 
 
@@ -146,6 +151,12 @@ BAD_CHATS: list[tuple[Json, str, str]] = [
     ({"max_tokens": 1.5}, TYPE, "max_tokens"),
     ({"max_tokens": True}, TYPE, "max_tokens"),
     ({"max_tokens": 2**31}, VALUE, "max_tokens"),
+    ({"max_tokens": 2**40}, VALUE, "max_tokens"),
+    ({"max_tokens": 2**64}, VALUE, "max_tokens"),
+    ({"max_tokens": 1e300}, TYPE, "max_tokens"),
+    ({"max_tokens": "5"}, TYPE, "max_tokens"),
+    ({"max_tokens": [5]}, TYPE, "max_tokens"),
+    ({"max_completion_tokens": -1}, VALUE, "max_completion_tokens"),
     ({"max_completion_tokens": 0}, VALUE, "max_completion_tokens"),
     ({"n": 0}, VALUE, "n"),
     ({"n": 129}, VALUE, "n"),
@@ -279,7 +290,9 @@ KEPT: Json = {
 def test_unknown_fields_zeros_nulls_and_schemas_survive_in_their_order() -> None:
     found = sent(chat(**KEPT))
     assert found == {"model": "small-1", "messages": SAID, **KEPT}
-    assert list(found) == ["model", "messages", *KEPT]
+    # What a call may replace stands at the head.
+    replaceable = ["max_tokens", "priority"]
+    assert list(found) == ["model", *replaceable, "messages", *(name for name in KEPT if name not in replaceable)]
     assert json.dumps(found["tools"]) == json.dumps(KEPT["tools"])
 
 
@@ -436,6 +449,67 @@ def test_the_name_of_a_model_is_written_as_json() -> None:
     assert json.loads(b"".join(chat().for_backend('a"b\\c/é', scored=True)))["model"] == 'a"b\\c/é'
 
 
+LIMITS = ("max_tokens", "max_completion_tokens", "n_predict")
+
+
+@pytest.mark.parametrize(
+    ("asked", "expected"),
+    [
+        ({}, {"max_tokens": 50}),
+        ({"max_tokens": 7}, {"max_tokens": 7}),
+        ({"max_tokens": 700}, {"max_tokens": 50}),
+        ({"max_tokens": None}, {"max_tokens": 50}),
+        ({"max_completion_tokens": 700}, {"max_completion_tokens": 50}),
+        ({"max_completion_tokens": 7, "max_tokens": 700}, {"max_completion_tokens": 7, "max_tokens": 7}),
+        ({"max_completion_tokens": None, "max_tokens": 7}, {"max_completion_tokens": 7, "max_tokens": 7}),
+        # llama.cpp heeds its own name first, so a client could go past any other.
+        ({"max_tokens": 7, "n_predict": -1}, {"max_tokens": 7, "n_predict": 7}),
+        ({"n_predict": 7}, {"n_predict": 7}),
+        ({"n_predict": "x"}, {"n_predict": 50}),
+    ],
+)
+def test_a_limit_of_ours_stands_under_every_name_and_is_never_more_than_asked(asked: Json, expected: Json) -> None:
+    body = chat(**asked)
+    found = sent(body, most_tokens=50)
+    assert {name: found[name] for name in LIMITS if name in found} == expected
+    assert set(expected.values()) == {body.asked.limited_to(50)}
+    assert sent(body) == {"model": "small-1", "messages": SAID, **asked}
+
+
+@pytest.mark.parametrize(
+    ("asked", "expected"),
+    [
+        # What OpenAI and vLLM take for nothing; llama.cpp would take the whole window.
+        ({}, {"max_tokens": 16}),
+        ({"max_tokens": None}, {"max_tokens": 50}),
+        ({"max_tokens": 700}, {"max_tokens": 50}),
+        ({"max_completion_tokens": 700}, {"max_tokens": 16, "max_completion_tokens": 16}),
+        ({"n_predict": 7}, {"max_tokens": 7, "n_predict": 7}),
+    ],
+)
+def test_a_completion_that_names_no_limit_gets_no_more_than_it_would(asked: Json, expected: Json) -> None:
+    body = text(**asked)
+    found = sent(body, most_tokens=50)
+    assert {name: found[name] for name in LIMITS if name in found} == expected
+    assert set(expected.values()) == {body.asked.limited_to(50)}
+    assert sent(body) == {"model": "small-1", "prompt": "Hi", **asked}
+
+
+@pytest.mark.parametrize("own", [{}, {"priority": 0}, {"priority": -5}, {"priority": None}, {"priority": "high"}])
+def test_the_clients_priority_passes_unless_there_is_one_of_ours(own: Json) -> None:
+    assert sent(chat(**own)) == {"model": "small-1", **own, "messages": SAID}
+    assert sent(chat(**own), priority=-3) == {"model": "small-1", "priority": -3, "messages": SAID}
+
+
+@pytest.mark.parametrize("options", [None, {}, {"include_usage": False, "continuous_usage_stats": False, "vendor": 0}])
+def test_a_metered_stream_asks_for_usage_in_every_event(options: Json | None) -> None:
+    body = chat(stream=True, stream_options=options)
+    expected = {**(options or {}), "include_usage": True, "continuous_usage_stats": True}
+    assert sent(body, metered=True)["stream_options"] == expected
+    assert not body.asked.usage_everywhere
+    assert "stream_options" not in sent(chat(), metered=True)
+
+
 # -- facts ------------------------------------------------------------------------------------------------------------
 
 
@@ -464,6 +538,30 @@ def test_the_choices_of_a_completion_and_what_is_echoed(
     assert (asked.choices, asked.echoed_chars, asked.echoed_tokens) == (choices, chars, tokens)
     quiet = text(prompt=prompt, n=2).asked
     assert (quiet.choices, quiet.echoed_chars, quiet.echoed_tokens) == (choices, (), ())
+
+
+def test_the_end_user_is_the_clients_word_or_a_digest_of_a_long_one() -> None:
+    long = "ü" * 100_000
+    assert [chat(user=given).asked.user for given in (None, "", "me", "x" * 256)] == [None, None, "me", "x" * 256]
+    assert chat(user=long).asked.user == "sha256:" + hashlib.sha256(long.encode()).hexdigest()
+    assert sent(chat(user=long))["user"] == long
+
+
+@pytest.mark.parametrize(
+    ("prompt", "tokens", "size_bytes", "prompts"),
+    [("Grüße", None, 7, 1), (["a", "é", ""], None, 3, 3), ([7, 8, 9], 3, 0, 1), ([[7], [8, 9]], 3, 0, 2)],
+)
+def test_a_prompt_of_token_ids_is_counted_and_one_of_text_measured(
+    prompt: Any, tokens: int | None, size_bytes: int, prompts: int
+) -> None:
+    asked = text(prompt=prompt, n=3).asked
+    assert (asked.prompt_tokens, asked.text_bytes, asked.messages) == (tokens, size_bytes, prompts)
+
+
+def test_what_a_server_may_generate_for_a_choice_is_counted() -> None:
+    asked = text(prompt=["a", "b"], n=2, best_of=5).asked
+    assert (asked.choices, asked.sequences) == (4, 10)
+    assert chat(n=3).asked.sequences == 3
 
 
 def test_many_choices_of_many_prompts_are_counted_and_not_written_out() -> None:

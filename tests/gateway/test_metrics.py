@@ -115,6 +115,12 @@ def test_an_empty_page_is_valid_and_names_every_family() -> None:
         "tierway_tokens_total": "counter",
         "tierway_cost_usd_total": "counter",
         "tierway_degraded_total": "counter",
+        "tierway_limited_total": "counter",
+        "tierway_limits_local_total": "counter",
+        "tierway_limits_store_faults_total": "counter",
+        "tierway_queue_seconds": "histogram",
+        "tierway_waiting": "gauge",
+        "tierway_limits_apart": "gauge",
         "tierway_first_byte_seconds": "histogram",
         "tierway_duration_seconds": "histogram",
         "tierway_open_exchanges": "gauge",
@@ -123,6 +129,19 @@ def test_an_empty_page_is_valid_and_names_every_family() -> None:
     }
     assert at(samples, "tierway_open_exchanges") == 0
     assert at(samples, "tierway_build_info", version="0.1", config="abc") == 1
+
+
+def test_numbers_kept_elsewhere_are_told_and_add_up() -> None:
+    one, other = Metrics(), Metrics()
+    for metrics in (one, other):
+        metrics.include(lambda: {"tierway_limits_local_total": {("granted",): 2.0}, "tierway_waiting": {(): 3.0}})
+        metrics.limited("per-key", "tokens", shadow=True)
+    snapshot = one.snapshot()
+    snapshot.add(other.snapshot())
+    found = read(snapshot)
+    assert at(found, "tierway_limits_local_total", mode="granted") == 4
+    assert at(found, "tierway_waiting") == 6
+    assert at(found, "tierway_limited_total", limit="per-key", measure="tokens", shadow="true") == 2
 
 
 def test_an_exchange_is_counted_with_all_its_attempts() -> None:

@@ -649,6 +649,54 @@ def test_a_bill_in_the_middle_of_a_stream_does_not_hide_what_follows() -> None:
         assert tap.usage() == TokenUsage(prompt_tokens=7, completion_tokens=10)
 
 
+METERED = next(one for one in STREAMS if one.name == "vllm/chat_stream_continuous_usage")
+
+
+@pytest.mark.parametrize("everywhere", [False, True])
+@pytest.mark.parametrize("scored", [False, True])
+def test_a_metered_stream_that_is_cut_is_billed_up_to_the_cut(everywhere: bool, scored: bool) -> None:
+    asked = msgspec.structs.replace(METERED.asked, usage_wanted=everywhere, usage_everywhere=everywhere)
+    events = [event for event in events_of(METERED) if b'"choices":[{' in event]
+    for last in range(1, len(events) + 1):
+        tap = make_tap(asked, scored=scored, read_tokens=1)
+        for event in events[:last]:
+            tap.feed(event)
+            tap.usage()
+        bill = chunks_of(events[last - 1])[0]["usage"]
+        expected = TokenUsage(prompt_tokens=37, completion_tokens=bill["completion_tokens"])
+        assert tap.usage() == tap.usage() == expected
+
+
+def test_a_bill_in_every_event_is_cut_out_of_the_bytes() -> None:
+    asked = msgspec.structs.replace(CHAT, usage_wanted=True)
+    tap = make_tap(asked, scored=False, read_tokens=0)
+    tap.feed(vllm_event({"content": "a"}, usage={"prompt_tokens": 7, "completion_tokens": 1}))
+    odd = {"content": '"usage":{"prompt_tokens":1}}],"usage":{'}
+    with_bill = vllm_event(odd, usage={"prompt_tokens": 7, "completion_tokens": 2, "completion_tokens_details": None})
+    nested = {"prompt_tokens": 7, "completion_tokens": 3, "prompt_tokens_details": {"cached_tokens": 1}}
+    assert tap.feed(with_bill) == vllm_event(odd)
+    assert tap.usage() == TokenUsage(prompt_tokens=7, completion_tokens=2)
+    assert tap.feed(vllm_event(odd, usage=nested)) == vllm_event(odd)
+    assert tap.feed(vllm_event(odd, usage=nested, vendor="kept")) == vllm_event(odd, vendor="kept")
+    assert tap.usage() == TokenUsage(prompt_tokens=7, cached_prompt_tokens=1, completion_tokens=3)
+
+
+def test_a_bill_that_cannot_be_read_is_none() -> None:
+    tap = make_tap(CHAT, scored=False, read_tokens=0)
+    tap.feed(vllm_event({"content": "a"}, usage={"prompt_tokens": 7, "completion_tokens": 1}))
+    broken = vllm_event({"content": "b"}, usage={"prompt_tokens": "x", "completion_tokens": 2})
+    tap.feed(broken)
+    assert tap.usage().prompt_tokens == 7
+
+
+def test_where_the_server_reports_nothing_the_prompt_is_what_the_caller_says_it_is() -> None:
+    tap = make_tap(CHAT, scored=False, read_tokens=0, prompt_tokens=123)
+    tap.feed(vllm_event({"content": "a"}))
+    assert tap.usage() == TokenUsage(prompt_tokens=123, completion_tokens=1, counted=True)
+    ids = msgspec.structs.replace(TEXT, prompt_tokens=5)
+    assert make_tap(ids, scored=False, read_tokens=0).usage().prompt_tokens == 5
+
+
 def test_a_whole_answer_without_a_bill_is_counted_by_its_scores_or_its_length() -> None:
     scored = make_tap(WHOLE_CHAT, scored=True, read_tokens=0)
     scored.feed(whole({"content": "a b c"}, [token(one, -0.1) for one in ("a", " ", "b", " ", "c")]))

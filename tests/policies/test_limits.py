@@ -117,6 +117,12 @@ def test_an_estimate_is_no_proof_that_a_request_cannot_fit_but_what_was_counted_
     assert account.entry(counted, 0).held == 17
 
 
+def test_a_strict_limit_never_goes_by_an_estimate_for_want_of_the_most() -> None:
+    account = accounts_of([limit(meters=(Meter(measure="tokens", rule=Budget(99)),), strict=True)], FACTS)[0]
+    with pytest.raises(ValueError, match="strict"):
+        account.entry(Need(estimate=Amounts()), 0)
+
+
 def test_doubted_attempts_cost_money_and_no_tokens_of_the_callers() -> None:
     use = Use(
         shown=Amounts(input_tokens=1, output_tokens=2), of_all=Amounts(input_tokens=11, output_tokens=12, spend_nusd=5)

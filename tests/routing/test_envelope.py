@@ -36,7 +36,7 @@ def reach(price: Price, prompt: int = 10, most_prompt: int = 100, answer: int = 
 
 def test_an_estimate_is_the_dearest_tiers() -> None:
     need = bound([reach(SMALL), reach(LARGE)], choices=1)
-    assert need.estimate == Amounts(input_tokens=10, output_tokens=20, spend_nusd=5_000 + 20_000)
+    assert need.estimate == Amounts(input_tokens=10, output_tokens=20, spend_nusd=5_000 + 20_000 + 1)
 
 
 def test_the_most_is_every_tier_at_full_length() -> None:
@@ -48,12 +48,13 @@ def test_the_most_is_every_tier_at_full_length() -> None:
 def test_choices_multiply_the_answer_and_not_the_prompt() -> None:
     need = bound([reach(SMALL)], choices=3)
     assert (need.estimate.input_tokens, need.estimate.output_tokens) == (10, 60)
+    assert need.most_shown is not None
     assert (need.most_shown.input_tokens, need.most_shown.output_tokens) == (100, 600)
 
 
 def test_a_cached_token_that_is_dearer_is_reckoned_with() -> None:
     odd = Price(input_nusd=1_000_000, cached_input_nusd=3_000_000, output_nusd=0)
-    assert bound([reach(odd)], choices=1).estimate.spend_nusd == 30
+    assert bound([reach(odd)], choices=1).estimate.spend_nusd == 31
 
 
 _TOKENS = st.integers(0, 10**6)
@@ -71,4 +72,11 @@ def test_no_climb_costs_more_than_the_most(
         cost_of(price, Tokens(int(prompt * used), int(prompt * used * cached), answer)).total_nusd
         for price, prompt, answer, used, cached in rungs
     )
+    assert need.most_of_all is not None
     assert spent <= need.most_of_all.spend_nusd
+
+
+def test_the_most_is_only_reckoned_where_it_is_wanted() -> None:
+    need = bound([reach(SMALL)], choices=1, most=False)
+    assert (need.most_shown, need.most_of_all) == (None, None)
+    assert need.estimate == bound([reach(SMALL)], choices=1).estimate

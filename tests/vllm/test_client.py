@@ -139,6 +139,52 @@ def test_a_call_that_takes_too_long_frees_the_server(vllm_address: str) -> None:
     with_backend(vllm_address, run_out, Timeouts(total_s=0.5))
 
 
+@pytest.mark.parametrize(
+    ("endpoint", "fields"),
+    [
+        ("chat/completions", {}),
+        ("chat/completions", {"stream": True, "stream_options": {"include_usage": True}, "n": 2}),
+        (
+            "chat/completions",
+            {
+                "tools": [{"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}],
+                "messages": [
+                    {"role": "system", "content": "Be brief."},
+                    {"role": "user", "content": [{"type": "text", "text": "Grüße!"}]},
+                ],
+            },
+        ),
+        ("completions", {"prompt": "Hello world"}),
+    ],
+)
+def test_tokens_are_counted_beforehand_as_they_are_billed(
+    vllm_address: str, endpoint: Endpoint, fields: dict[str, object]
+) -> None:
+    asked = call(endpoint, **fields)
+    billed = call(endpoint, **{**fields, "stream": False, "stream_options": None, "n": 1, "max_tokens": 1})
+
+    async def ask(backend: VllmBackend) -> tuple[int | None, bytes]:
+        return await backend.count_tokens(asked), await answer(backend, billed)
+
+    counted, body = with_backend(vllm_address, ask)
+    assert counted == msgspec.json.decode(body)["usage"]["prompt_tokens"]
+
+
+def test_a_prompt_that_is_too_long_is_counted_all_the_same(vllm_address: str) -> None:
+    counted = with_backend(
+        vllm_address,
+        lambda backend: backend.count_tokens(call(messages=[{"role": "user", "content": "hello " * 5000}])),
+    )
+    assert counted is not None
+    assert counted > 5000
+
+
+def test_a_probe_says_what_serves_and_how_much_it_reads(vllm_address: str) -> None:
+    facts = with_backend(vllm_address, lambda backend: backend.probe())
+    assert facts.software == "vllm"
+    assert (facts.context_tokens(MODEL) or 0) >= 1024
+
+
 def test_a_probe_tells_a_server_from_none(vllm_address: str) -> None:
     with_backend(vllm_address, lambda backend: backend.probe())
     with pytest.raises(Unreachable):

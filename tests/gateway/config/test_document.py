@@ -71,6 +71,13 @@ def test_the_schema_accepts_the_example() -> None:
         ("doubt_below: 0.80", "doubt_below: 80"),
         ("from: env", "from: envir"),
         ("admin: true", "admin: 1"),
+        ("usd: $500", "usd: 500 EUR"),
+        ("per: minute, burst", "per: month, burst"),
+        ("limit: 600", "limit: 0"),
+        ("kind: redis", "kind: memory"),
+        ("redis-1:6379", "redis-1"),
+        ("x-user-id", "x user"),
+        ('"4711"', '"' + 257 * "4" + '"'),
     ],
 )
 def test_the_schema_refuses_what_the_loader_refuses(old: str, new: str) -> None:
@@ -143,6 +150,8 @@ def faults(value: Any, part: dict[str, Any], where: str = "") -> list[str]:
                 ]
             case "items":
                 found += [fault for i, item in enumerate(value) for fault in faults(item, rule, f"{where}[{i}]")]
+            case "maxItems" | "maxProperties" | "maxLength":
+                found += [] if len(value) <= rule else [f"{where}: too long"]
             case "minItems" | "minProperties" | "minLength":
                 found += [] if len(value) >= rule else [f"{where}: too short"]
             case "minimum":

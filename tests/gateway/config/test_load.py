@@ -62,6 +62,15 @@ def test_the_files_of_the_repository_load_without_warnings(file: str) -> None:
     assert key.sha256 == sha256(b"tw-demo-local-only-key").hexdigest()
 
 
+def test_the_limits_of_the_example_need_their_marks_taken_off_only() -> None:
+    text = (ROOT / "gateway.yaml").read_text()
+    block = text[text.index("# limits:\n") :].split("\n\n")[0]
+    taken_off = "".join(line.removeprefix("# ") for line in block.splitlines(keepends=True))
+    loaded = parse(text.replace(block, taken_off), local_model_ids=IDS)
+    assert loaded.warnings == ()
+    assert [limit.name for limit in loaded.config.limits] == ["per-key", "budget"]
+
+
 def test_what_loads_is_what_the_types_accept() -> None:
     config = load(ROOT / "gateway.full.yaml").config
     assert msgspec.convert(msgspec.to_builtins(config), Config) == config
@@ -81,7 +90,7 @@ SHAPE_CASES = {
         ("port: 0", "zzz: 0"),
         (
             "1:10: server: unknown key `zzz`; known here: `host`, `port`, `max_body`, `shutdown_grace`, `kept_decisions`, "
-            "`cors_origins`"
+            "`workers`, `user_header`, `admin`, `cors_origins`"
         ),
     ),
     "duplicate key": (("port: 0", "port: 0, port: 1"), "1:19: server: duplicate key `port`; the first is at 1:10"),

@@ -41,6 +41,8 @@ def warnings_of(text: str) -> list[str]:
     return [str(warning) for warning in parse(text, "g.yaml", local_model_ids=IDS).warnings]
 
 
+RESERVED = "`each` is a word of `limits`, where it stands for every one apart"
+
 MEANING_CASES = {
     "tier to backend": (("[one]", "[oen]"), "7:16: tiers[0].backends[0]: no backend `oen`; did you mean `one`?"),
     "step to tier": (
@@ -113,6 +115,65 @@ MEANING_CASES = {
         (DIGEST, f'"{"0" * 64}"'),
         "18:13: keys[0].sha256: all zeros, which no key has; `tierway keygen` makes a key and its digest",
     ),
+    "each for a key": (("name: k", "name: each"), f"17:11: keys[0].name: {RESERVED}"),
+    "each for a team": (("name: k\n", "name: k\n    team: each\n"), f"18:11: keys[0].team: {RESERVED}"),
+    "each for a user": (("name: k\n", "name: k\n    user: each\n"), f"18:11: keys[0].user: {RESERVED}"),
+    "each for a declared team": (("routes:", "teams: [each]\nroutes:"), f"12:9: teams[0]: {RESERVED}"),
+    "each for a route": (("  auto:", "  each:"), f"13:3: {RESERVED}, so it cannot be the name of a route"),
+    "each for an alias": (
+        ("[gpt-4o]", "[each]"),
+        f"14:15: {RESERVED}, so it cannot be the name of an alias of route `auto`",
+    ),
+    "each for a tier": (("name: large", "name: each"), f"9:11: {RESERVED}, so it cannot be the name of a tier"),
+    "each for a model": (
+        ("m-two", "each"),
+        f"4:47: {RESERVED}, so it cannot be the name of the model id of backend `two`",
+    ),
+    "team twice": (("routes:", "teams: [a, b, a]\nroutes:"), "12:15: teams[2]: `a` twice; the first is at 12:9"),
+    "answer longer than the window": (
+        ("name: large\n", "name: large\n    context_tokens: 10\n    max_output_tokens: 11\n"),
+        "11:24: tiers[1].max_output_tokens: more than `context_tokens`, 10, into which it has to fit",
+    ),
+    "a day that is none": (
+        ("name: k\n", "name: k\n    expires: 2027-02-30T00:00:00Z\n"),
+        "18:14: keys[0].expires: `2027-02-30T00:00:00Z` is no day or time of the calendar",
+    ),
+    "a zone that is none": (
+        ("name: k\n", "name: k\n    expires: 2027-01-31T00:00:00+99:00\n"),
+        "18:14: keys[0].expires: `2027-01-31T00:00:00+99:00` is no day or time of the calendar",
+    ),
+    "the end of a key without a time": (
+        ("name: k\n", "name: k\n    expires: 2027-01-31\n"),
+        "18:14: keys[0].expires: expected a time with its zone, such as `2027-01-31T00:00:00Z`",
+    ),
+    "long metadata": (
+        ("name: k\n", f"name: k\n    metadata: {{a: b, c: {'d' * 257}}}\n"),
+        "18:25: keys[0].metadata.c: expected at most 256 characters, found 257",
+    ),
+    "metadata that YAML takes for a number": (
+        ("name: k\n", "name: k\n    metadata: {cost_centre: 4711}\n"),
+        "18:29: keys[0].metadata.cost_centre: expected text, found what YAML reads as a number; put it in quotes",
+    ),
+    "much metadata": (
+        ("name: k\n", f"name: k\n    metadata: {{{', '.join(f'k{n}: v' for n in range(33))}}}\n"),
+        "18:15: keys[0].metadata: expected a mapping of names, at most 32, found 33",
+    ),
+    "a header that is a secret": (
+        ("port: 0", "user_header: Authorization"),
+        "1:23: server.user_header: `Authorization` has a meaning of its own; use another, such as `x-user-id`",
+    ),
+    "a header that is none": (
+        ("port: 0", "user_header: x user"),
+        "1:23: server.user_header: expected the name of a header, such as `x-user-id`",
+    ),
+    "one port for two": (
+        ("{port: 0}", "{port: 80, admin: {port: 80, key: {from: env, name: K}}}"),
+        "1:34: server.admin.port: the port of `server` itself; the admin API has one of its own",
+    ),
+    "one port for two on every address": (
+        ("{port: 0}", "{host: 0.0.0.0, port: 80, admin: {port: 80, key: {from: env, name: K}}}"),
+        "1:49: server.admin.port: the port of `server` itself; the admin API has one of its own",
+    ),
     "digest of nothing": (
         (DIGEST, "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855"),
         "18:13: keys[0].sha256: the digest of no text at all; `tierway keygen` makes a key and its digest",
@@ -142,6 +203,14 @@ WARNING_CASES = {
         ("output: 1}", "output: 0.03}"),
         "11:37: tiers[1].price.output: cheaper than tiers[0].price.output, but tiers stand cheapest first",
     ),
+    "key that has ended": (
+        ("name: k\n", "name: k\n    expires: 2020-01-01T00:00:00+02:00\n"),
+        "18:14: keys[0].expires: in the past: the key is refused",
+    ),
+    "admin API for everybody": (
+        ("{port: 0}", "{port: 0, admin: {host: 0.0.0.0, key: {from: env, name: K}}}"),
+        ("1:33: server.admin.host: its key travels unencrypted; keep it on 127.0.0.1 or in a network of your own"),
+    ),
     "dear cache": (
         ("input: 0.02", "input: 0.02, cached_input: 0.03"),
         "8:40: tiers[0].price.cached_input: dearer than `input`: a cache hit should not cost more",
@@ -153,6 +222,33 @@ WARNING_CASES = {
 def test_what_is_odd_but_works_is_a_warning(case: str) -> None:
     edit, message = WARNING_CASES[case]
     assert warnings_of(edited(edit)) == [f"g.yaml:{message}"]
+
+
+LOCAL = ("{kind: scripted, model: m-one, tokens: [a]}", "{kind: local, weights: small}")
+
+
+@pytest.mark.parametrize("key", ["context_tokens", "max_output_tokens"])
+def test_a_local_model_has_the_window_of_its_server(key: str) -> None:
+    message = f"tiers[0].{key}: more than the context window of backend `one`, 4096"
+    tokens = ("name: small\n", f"name: small\n    {key}: 4097\n")
+    assert any(problem.endswith(message) for problem in problems_of(edited(LOCAL, tokens)))
+    assert warnings_of(edited(LOCAL, (tokens[0], tokens[1].replace("4097", "4096")))) == []
+
+
+def test_without_keys_there_is_an_admin_api() -> None:
+    text = GOOD[: GOOD.index("keys:")]
+    assert problems_of(text) == ["g.yaml:1:1: keys: no keys and no `server.admin` to make some, so nobody could ask"]
+    assert problems_of(text + "keys: []\n") == [
+        "g.yaml:16:7: keys: no keys and no `server.admin` to make some, so nobody could ask"
+    ]
+    assert warnings_of(text.replace("{port: 0}", "{port: 0, admin: {key: {from: env, name: K}}}")) == []
+    for misspelt in (text + "kyes: []\n", text.replace("{port: 0}", "{admn: {key: {from: env, name: K}}}")):
+        (problem,) = problems_of(misspelt)
+        assert "unknown key" in problem
+
+
+def test_two_ports_of_the_systems_choice_are_two() -> None:
+    assert warnings_of(edited(("{port: 0}", "{port: 0, admin: {port: 0, key: {from: env, name: K}}}"))) == []
 
 
 def test_a_file_without_routes_is_told_that_nothing_escalates() -> None:

@@ -8,19 +8,21 @@ from hypothesis import strategies as st
 
 from gateway.config.units import (
     DEAREST_NUSD,
+    LARGEST_NUSD,
     LARGEST_SIZE,
     LONGEST_DURATION_S,
     UnitError,
     parse_duration,
     parse_size,
+    parse_usd,
     parse_usd_per_million,
     render_duration,
     render_size,
-    render_usd_per_million,
+    render_usd,
 )
 
 
-@given(st.integers(1, LONGEST_DURATION_S * 1000))
+@given(st.integers(0, LONGEST_DURATION_S * 1000))
 def test_durations_come_back(milliseconds: int) -> None:
     seconds = milliseconds / 1000
     assert parse_duration(render_duration(seconds)) == seconds
@@ -33,12 +35,19 @@ def test_sizes_come_back(size: int) -> None:
 
 @given(st.integers(0, DEAREST_NUSD))
 def test_prices_come_back_exactly(nano_usd: int) -> None:
-    text = render_usd_per_million(nano_usd)
+    text = render_usd(nano_usd)
     assert parse_usd_per_million(text) == parse_usd_per_million(text[1:] + " USD") == nano_usd
 
 
+@given(st.integers(0, LARGEST_NUSD))
+def test_amounts_come_back_exactly(nano_usd: int) -> None:
+    text = render_usd(nano_usd)
+    assert parse_usd(text) == parse_usd(text[1:] + " USD") == parse_usd(text[1:]) == nano_usd
+
+
 @pytest.mark.parametrize(
-    ("text", "seconds"), [("500ms", 0.5), ("2s", 2.0), ("1.5s", 1.5), ("10m", 600.0), ("1h", 3600.0), ("0.1s", 0.1)]
+    ("text", "seconds"),
+    [("500ms", 0.5), ("2s", 2.0), ("1.5s", 1.5), ("10m", 600.0), ("1h", 3600.0), ("0.1s", 0.1), ("0s", 0.0)],
 )
 def test_durations(text: str, seconds: float) -> None:
     assert parse_duration(text) == seconds
@@ -90,3 +99,19 @@ def test_not_sizes(text: str) -> None:
 def test_not_prices(text: str) -> None:
     with pytest.raises(UnitError):
         parse_usd_per_million(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("5 EUR", "expected dollars, such as `5`, `$5` or `0.25 USD`, found `5 EUR`"),
+        ("5s", "expected dollars, such as `5`, `$5` or `0.25 USD`, found `5s`"),
+        ("-5", "an amount must not be negative"),
+        ("9000000.01", "expected at most 9000000 dollars, found `9000000.01`"),
+        ("0.0000000001", "expected dollars with at most 9 decimal places, found `0.0000000001`"),
+    ],
+)
+def test_not_amounts(text: str, message: str) -> None:
+    with pytest.raises(UnitError) as caught:
+        parse_usd(text)
+    assert str(caught.value) == message
