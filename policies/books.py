@@ -13,6 +13,7 @@ answers every operation as it does, which a property test proves with random seq
 from __future__ import annotations
 
 import heapq
+from collections import deque
 from collections.abc import Sequence
 from typing import Literal, assert_never
 
@@ -81,6 +82,9 @@ _MOST_AT_ONCE = 100
 
 _MOST_SKIPPED = 1000
 
+_FEW_LEASES = 1000
+"""So many may be listed before those that have ended are looked for."""
+
 _KEPT_MS = 60_000
 """How much longer than it counts a thing is kept, so that a clock may go back that far."""
 
@@ -118,7 +122,9 @@ class Books:
         self._records: dict[str, _Record] = {}
         # Each lists times and names, the earliest first; those that no longer hold are skipped when their time comes.
         self._leases: list[tuple[int, str]] = []
-        self._memories: list[tuple[int, str]] = []
+        self._most_leases = _FEW_LEASES
+        # By how long they last, so that each is in order as it is.
+        self._memories: dict[int, deque[tuple[int, str]]] = {}
         self._checks: list[tuple[int, str]] = []
         self._checked: set[str] = set()
 
@@ -295,7 +301,19 @@ class Books:
     def _hold(self, id_: str, record: _Record, now_ms: int) -> None:
         self._records[id_] = record
         heapq.heappush(self._leases, (record.until_ms, id_))
+        if len(self._leases) > self._most_leases:
+            self._drop_settled_leases()
         self._move(record, 1, now_ms)
+
+    def _drop_settled_leases(self) -> None:
+        """Drop leases whose reservations have ended: where leases are long, nearly all of them have."""
+        self._leases = [(until_ms, id_) for until_ms, id_ in self._leases if self._is_open(id_, until_ms)]
+        heapq.heapify(self._leases)
+        self._most_leases = max(_FEW_LEASES, 2 * len(self._leases))
+
+    def _is_open(self, id_: str, until_ms: int) -> bool:
+        record = self._records.get(id_)
+        return record is not None and record.state == "open" and record.until_ms == until_ms
 
     def _release(self, record: _Record, now_ms: int) -> None:
         if record.state == "open":
@@ -310,7 +328,10 @@ class Books:
 
     def _remember(self, id_: str, state: Literal["settled", "cancelled"], for_ms: int, now_ms: int) -> None:
         self._records[id_] = _Record(state, now_ms + for_ms)
-        heapq.heappush(self._memories, (now_ms + for_ms + _KEPT_MS, id_))
+        self._note_end(id_, for_ms, now_ms)
+
+    def _note_end(self, id_: str, for_ms: int, now_ms: int) -> None:
+        self._memories.setdefault(for_ms, deque()).append((now_ms + for_ms + _KEPT_MS, id_))
 
     # -- sweeping -----------------------------------------------------------------------------------------------------
 
@@ -322,24 +343,24 @@ class Books:
             if not left or not self._leases or self._leases[0][0] > now_ms:
                 break
             until_ms, id_ = heapq.heappop(self._leases)
-            record = self._records.get(id_)
-            if record is None or record.state != "open" or record.until_ms != until_ms:
+            if not self._is_open(id_, until_ms):
                 continue
             left -= 1
+            record = self._records[id_]
             self._release(record, now_ms)
-            end_ms = now_ms + _EXPIRED_MS
-            self._records[id_] = msgspec.structs.replace(record, state="expired", until_ms=end_ms)
-            heapq.heappush(self._memories, (end_ms + _KEPT_MS, id_))
+            self._records[id_] = msgspec.structs.replace(record, state="expired", until_ms=now_ms + _EXPIRED_MS)
+            self._note_end(id_, _EXPIRED_MS, now_ms)
 
     def _forget(self, now_ms: int) -> None:
         """Drop ids and accounts that no longer matter."""
-        for _ in range(_MOST_AT_ONCE):
-            if not self._memories or self._memories[0][0] > now_ms:
-                break
-            _, id_ = heapq.heappop(self._memories)
-            record = self._records.get(id_)
-            if record is not None and record.state != "open" and record.until_ms + _KEPT_MS <= now_ms:
-                del self._records[id_]
+        for memories in self._memories.values():
+            for _ in range(_MOST_AT_ONCE):
+                if not memories or memories[0][0] > now_ms:
+                    break
+                _, id_ = memories.popleft()
+                record = self._records.get(id_)
+                if record is not None and record.state != "open" and record.until_ms + _KEPT_MS <= now_ms:
+                    del self._records[id_]
         for _ in range(_MOST_AT_ONCE):
             if not self._checks or self._checks[0][0] > now_ms:
                 break

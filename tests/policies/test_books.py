@@ -361,7 +361,7 @@ def test_users_that_have_gone_are_forgotten(rule: Rule) -> None:
     assert not books._checks
     assert not books._checked
     assert not books._leases
-    assert not books._memories
+    assert not any(books._memories.values())
 
 
 def test_what_is_used_for_ever_or_reserved_is_not_forgotten() -> None:
@@ -490,3 +490,15 @@ def test_everything_may_arrive_twice(history: list[tuple[Operation, int]]) -> No
         twice.apply(operation, now)
         twice.apply(operation, now)
         assert snapshot(once, now) == snapshot(twice, now)
+
+
+def test_settled_reservations_leave_nothing_of_their_leases_however_long() -> None:
+    books = Books()
+    open_ones = 10
+    for number in range(open_ones):
+        books.apply(Reserve(f"open-{number}", (), 366 * 86_400_000), 1)
+    for number in range(20_000):
+        books.apply(Reserve(str(number), (), 366 * 86_400_000), 2)
+        books.apply(Settle(str(number), ()), 2)
+    assert len(books._leases) <= 1001
+    assert sum(id_.startswith("open-") for _, id_ in books._leases) == open_ones
