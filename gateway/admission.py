@@ -68,6 +68,11 @@ class Reservation:
         self._standings = standings
         self.waited_s = 0.0
 
+    @property
+    def held(self) -> bool:
+        """Whether there is anything to settle."""
+        return self._order is not None
+
     def settle(self, use: Use) -> None:
         """Count what was used and give back the rest; never waits."""
         limiter, order = self._taken()

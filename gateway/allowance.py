@@ -51,6 +51,10 @@ class Allowance:
         """Whether a limit relies on what was reserved not being passed."""
         return any(one.limit.strict for one in self._accounts)
 
+    def prompt_tokens(self, model: str) -> int:
+        """Return how many tokens the prompt has, for an attempt that is left before its server has said so."""
+        return self._need.least.input_tokens or self._sizes.prompt_estimate(model, self._asking.body.asked)
+
     def headers(self) -> list[Header]:
         """Return what the client is told of its limits."""
         return self._reservation.headers()
@@ -87,7 +91,8 @@ class Allowance:
 
     def settle(self) -> None:
         """Count what was used and give back the rest."""
-        self._reservation.settle(self._use())
+        if self._reservation.held:
+            self._reservation.settle(self._use())
 
     def door(self, number: int, tier: str) -> Door | None:
         """Return what attempt `number` has to go through; None where its tier takes as many as come."""
@@ -157,7 +162,7 @@ def user_digest(*said: str | bytes | None) -> str | None:
 
 def used(runs: Sequence[Run], sizes: Sizes, shown: Run | None) -> Use:
     """Return what an exchange has used: the answer that the client is `shown`, and all attempts."""
-    of_all = [(run.usage, sizes.cost_nusd(run.attempt.tier, run.usage)) for run in runs]
+    of_all = [(usage := run.usage, sizes.cost_nusd(run.attempt.tier, usage)) for run in runs]
     usage = TokenUsage() if shown is None else shown.usage
     return Use(
         shown=Amounts(input_tokens=usage.prompt_tokens, output_tokens=usage.completion_tokens),

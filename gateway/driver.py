@@ -122,6 +122,7 @@ class Run:
         self._held: list[bytes] = []
         self._held_bytes = 0
         self._committed = False
+        self._used: TokenUsage | None = None
         self._may_read = asyncio.Event()
         self._may_read.set()
         self._task = asyncio.create_task(self._run())
@@ -160,6 +161,8 @@ class Run:
     @property
     def usage(self) -> TokenUsage:
         """What it has used so far. One that never began an answer used nothing that could be told."""
+        if self._used is not None:
+            return self._used
         return self.tap.usage() if self.tap.begun else TokenUsage()
 
     async def _run(self) -> None:
@@ -186,6 +189,7 @@ class Run:
             # Nobody awaits this task for its result: a cancelled attempt is an outcome, told like any other.
             outcome = "cancelled"
         finally:
+            self._used = self.usage
             self.ended_s = monotonic()
             if inside and self._line.door is not None:
                 self._line.door.leave(self.usage)

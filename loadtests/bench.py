@@ -29,6 +29,8 @@ if not __package__:  # run by its path: the folder that holds `loadtests` is not
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from loadtests.processes import DidNotStartError, Process, ask, cpu_s, free_port, wait_until_ready
+from tests.servers.process import ServerMissingError
+from tests.servers.redis import running_redis
 
 KEY = "tw-bench-loopback-only"
 CONFIG = """\
@@ -47,7 +49,19 @@ routes:
       - {{tier: large}}
 keys:
   - {{name: bench, sha256: "{digest}"}}
+{limits}"""
+LIMITS = """\
+limits:
+  - name: bench
+    scope: {{key: each}}
+    requests: {{limit: 100000000, per: hour}}
+    tokens: {{limit: 900000000, per: hour}}
+    concurrent: 100000
+    spend: {{usd: 1000000}}
+state: {state}
 """
+MEMORY = "{kind: memory}"
+REDIS = '{{kind: redis, addresses: ["127.0.0.1:{port}"], password: {{from: file, path: "{file}"}}, timeout: 2s}}'
 AIM_REQUEST_US = 130.0
 AIM_EVENT_US = 13.0
 MEGABYTE = 1_000_000
@@ -71,6 +85,8 @@ class Sample(msgspec.Struct, frozen=True):
 
     cpu_us: float
     """CPU of the measured process for each request."""
+    store_cpu_us: float
+    """CPU of Redis for each request, where the limits are kept there."""
     events: float
     """Events of each request."""
     requests_per_s: float
@@ -118,10 +134,17 @@ class Bench:
         self.upstream = self._start_upstream("upstream", ["scripted-small", "scripted-large"])
         self.bulk = self._start_upstream("bulk", ["scripted-bulk"])
         self.profile_file = folder / "gateway.prof" if asked.profile else None
-        self.gateway_port, self.gateway = self._start_gateway()
+        self.gateway_port, self.gateway = self._start_gateway("gateway", profiled=True)
+        self._redis = stack.enter_context(running_redis())
+        os.sched_setaffinity(self._redis.pid, self.other_cores)
+        password = folder / "password"
+        password.write_text(self._redis.password)
+        redis = REDIS.format(port=self._redis.port, file=password)
         events = ["--events", str(self._tokens), "--interval-ms", str(asked.interval_ms)]
         self._measured = {
             "gateway": (self.gateway_port, self.gateway),
+            "memory": self._start_gateway("memory", limits=LIMITS.format(state=MEMORY)),
+            "redis": self._start_gateway("redis", limits=LIMITS.format(state=redis)),
             "reference": self._start_reference("reference", "/", events),
             "relay": self._start_reference("relay", "/health", ["--relay-to", str(self.upstream)]),
         }
@@ -136,15 +159,15 @@ class Bench:
         port: int = self._start(name, argv, self.other_cores, talks=True).line(20)["port"]
         return port
 
-    def _start_gateway(self) -> tuple[int, Process]:
-        config = self._folder / "gateway.yaml"
+    def _start_gateway(self, name: str, *, limits: str = "", profiled: bool = False) -> tuple[int, Process]:
+        config = self._folder / f"{name}.yaml"
         digest = hashlib.sha256(KEY.encode()).hexdigest()
-        config.write_text(CONFIG.format(upstream=self.upstream, bulk=self.bulk, digest=digest))
+        config.write_text(CONFIG.format(upstream=self.upstream, bulk=self.bulk, digest=digest, limits=limits))
         port = free_port()
         argv = ["-m", "gateway.cli", "serve", "--config", str(config), "--port", str(port)]
-        if self.profile_file is not None:
+        if self.profile_file is not None and profiled:
             argv = ["-m", "cProfile", "-o", str(self.profile_file), *argv]
-        process = self._start("gateway", argv, self.gateway_core)
+        process = self._start(name, argv, self.gateway_core)
         wait_until_ready(process, port, "/readyz", 60)
         return port, process
 
@@ -194,15 +217,16 @@ class Bench:
         arguments += ["--max-tokens", "1"] if phase.one_token else []
         with self.client("client", port, arguments) as client:
             time.sleep(0.05)  # for the connections to be accepted
-            before = cpu_s(measured.pid)
+            before, store_before = cpu_s(measured.pid), cpu_s(self._redis.pid)
             client.say("go")
             report = client.line(120)
-            used_s = cpu_s(measured.pid) - before
+            used_s, store_s = cpu_s(measured.pid) - before, cpu_s(self._redis.pid) - store_before
         if report["errors"] or not report["completed"]:
             raise DidNotStartError(f"{phase.name}: {report['errors']}\n{measured.last_words()}")
         completed = report["completed"]
         return Sample(
             cpu_us=used_s / completed * 1e6,
+            store_cpu_us=store_s / completed * 1e6,
             events=report["events"] / completed,
             requests_per_s=report["requests_per_s"],
             events_per_s=report["events_per_s"],
@@ -264,6 +288,9 @@ def phases(asked: argparse.Namespace) -> list[Phase]:
         ]
         if target != "reference":
             found.append(Phase(f"{name} unpaced", target, model, requests=asked.streams, concurrency=8, stream=True))
+    # Beside the same without limits, so that a noisy moment touches all three.
+    at = next(number for number, phase in enumerate(found) if phase.name == "small whole") + 1
+    found[at:at] = [Phase(f"{state} limits whole", state, "small", **whole) for state in ("memory", "redis")]
     return found
 
 
@@ -307,6 +334,14 @@ def rows_of(samples: dict[str, list[Sample]]) -> list[Row]:
             Row("  first byte of 32 paced streams, p50", "ms", each(f"{n} stream", "first_byte_p50_ms")),
             Row("  first byte of 32 paced streams, p99", "ms", each(f"{n} stream", "first_byte_p99_ms")),
         ]
+    free = each("small whole", "cpu_us")
+    for state, where in (("memory", "memory"), ("redis", "Redis")):
+        limited = each(f"{state} limits whole", "cpu_us")
+        costs += [
+            Row(f"whole request, plain tier, four limits in {where}", "us", limited),
+            Row("  above the same without limits", "us", above(limited, free)),
+        ]
+    costs.append(Row("  CPU of Redis itself", "us", each("redis limits whole", "store_cpu_us")))
     references = [
         Row("reference: whole request, bare uvicorn", "us", each("reference whole", "cpu_us")),
         Row("reference: whole request, bytes relayed unread", "us", relayed_request),
@@ -399,7 +434,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
         try:
             found = measure(asked, stack, Path(folder))
-        except DidNotStartError as problem:
+        except (DidNotStartError, ServerMissingError) as problem:
             sys.exit(f"bench: {problem}")
         if asked.json is not None:
             asked.json.write_text(json.dumps(found, indent=1) + "\n")

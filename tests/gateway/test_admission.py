@@ -65,6 +65,10 @@ class Desk:
         )
         return await self.admission.admit(request)
 
+    def again(self) -> None:
+        """Let the next one come under the id of the last."""
+        self._asked -= 1
+
     async def refused(self, key: str = "alice", wants: Need | None = None) -> Refusal:
         with pytest.raises(Refusal) as raised:
             await self.ask(key, wants=wants)
@@ -123,6 +127,18 @@ def test_a_cancelled_reservation_leaves_nothing() -> None:
         desk = Desk(limit(rate("requests", 100), rate("tokens", 1000)))
         (await desk.ask()).cancel()
         assert await desk.standings() == [("requests", 0, 0), ("tokens", 0, 0)]
+
+    run(main)
+
+
+def test_an_id_that_was_cancelled_is_refused_and_is_no_fault() -> None:
+    async def main() -> None:
+        desk = Desk(limit(rate("requests", 100)))
+        (await desk.ask()).cancel()
+        desk.again()
+        refusal = await desk.refused()
+        assert (refusal.code, refusal.retry_after_s) == ("rate_limit_exceeded", 1)
+        assert await desk.standings() == [("requests", 0, 0)]
 
     run(main)
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from tests.prove.journal import Journal, digest
 from tests.prove.proof import Proof
 from tests.prove.proofs import PROOFS
-from tests.prove.report import EMPTY_PAGE, page
+from tests.prove.report import EMPTY_FIGURES, EMPTY_PAGE, figures_page, page
 from tests.prove.runner import finished_seeds, run
 
 
@@ -56,16 +56,21 @@ def main(arguments: Sequence[str], proofs: Sequence[Proof], root: Path) -> int:
         return 130
     finally:
         # Also after a crash: what was shown until then was shown.
-        _write_page(root / "docs" / "proofs.md", proofs, journal)
+        _write_pages(root / "docs", proofs, journal)
     for name, seed in broken:
         print(f"BROKEN: {name}, seed {seed}")
     return 1 if broken else 0
 
 
-def _write_page(path: Path, proofs: Sequence[Proof], journal: Journal) -> None:
-    old = path.read_text() if path.exists() else EMPTY_PAGE
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(page(old, proofs, journal.results()))
+def _write_pages(docs: Path, proofs: Sequence[Proof], journal: Journal) -> None:
+    results = journal.results()
+    docs.mkdir(parents=True, exist_ok=True)
+    path = docs / "proofs.md"
+    path.write_text(page(path.read_text() if path.exists() else EMPTY_PAGE, proofs, results))
+    for name in dict.fromkeys(proof.figures_in for proof in proofs if proof.figures_in is not None):
+        theirs = [proof for proof in proofs if proof.figures_in == name]
+        path = docs / name
+        path.write_text(figures_page(path.read_text() if path.exists() else EMPTY_FIGURES, theirs, results))
 
 
 if __name__ == "__main__":

@@ -17,12 +17,15 @@ import msgspec
 from tests.running import ALICE, HELLO
 
 
-def request(body: bytes, path: str = "/v1/chat/completions") -> bytes:
+def request(body: bytes, path: str = "/v1/chat/completions", key: str = ALICE) -> bytes:
     """Write a request."""
-    head = (
-        f"POST {path} HTTP/1.1\r\nHost: gateway\r\nAuthorization: Bearer {ALICE}\r\nContent-Type: application/json\r\n"
-    )
+    head = f"POST {path} HTTP/1.1\r\nHost: gateway\r\nAuthorization: Bearer {key}\r\nContent-Type: application/json\r\n"
     return f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body
+
+
+def look(path: str, key: str) -> bytes:
+    """Write a request for what is there."""
+    return f"GET {path} HTTP/1.1\r\nHost: gateway\r\nAuthorization: Bearer {key}\r\n\r\n".encode()
 
 
 def chat(model: str, *, stream: bool, **fields: Any) -> bytes:
@@ -85,11 +88,12 @@ async def ask(port: int, data: bytes) -> Answer:
         with contextlib.suppress(OSError, asyncio.IncompleteReadError):
             writer.write(data)
             await writer.drain()
-            await _read(reader, answer)
+            await read_answer(reader, answer)
     return answer
 
 
-async def _read(reader: asyncio.StreamReader, answer: Answer) -> None:
+async def read_answer(reader: asyncio.StreamReader, answer: Answer) -> None:
+    """Read into `answer` as far as it comes. Raises IncompleteReadError where it breaks off."""
     lines = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1").split("\r\n")
     answer.status = int(lines[0].split()[1])
     answer.headers = dict(line.lower().split(": ", 1) for line in lines[1:] if line)

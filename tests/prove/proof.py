@@ -15,6 +15,7 @@ class Proof:
     """One proof: `run(seed, size)` gives its figures, or raises AssertionError when the sentence is not true.
 
     The same seed and size do the same again, as far as a clock and a network allow. `test` is a matter of seconds.
+    `figures_in` is the page of docs/ that shows its figures, where they are too many for a row of proofs.md.
     """
 
     name: str
@@ -22,6 +23,7 @@ class Proof:
     run: Callable[[int, Size], Figures]
     full_seeds: int
     test_seeds: int = 1
+    figures_in: str | None = None
 
     def seeds(self, size: Size) -> range:
         """The seeds that make the proof complete at `size`; they start at 1."""

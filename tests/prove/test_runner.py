@@ -11,7 +11,7 @@ import pytest
 from tests.prove.__main__ import main
 from tests.prove.journal import Journal, Result, digest
 from tests.prove.proof import Figures, Proof, Size
-from tests.prove.report import BEGIN, EMPTY_PAGE, END, page, spread
+from tests.prove.report import BEGIN, EMPTY_FIGURES, EMPTY_PAGE, END, figures_page, page, spread
 
 
 class Toy:
@@ -223,3 +223,21 @@ def test_a_bar_in_a_sentence_does_not_break_the_table(root: Path) -> None:
     toy = Toy("kills")
     main([], [dataclasses.replace(toy.proof, sentence="a | b")], root)
     assert r"| a \| b |" in table(root)
+
+
+def test_many_figures_have_a_page_of_their_own(root: Path) -> None:
+    toy, plain = Toy("kills"), Toy("plain")
+    proofs = [dataclasses.replace(toy.proof, figures_in="much.md"), plain.proof]
+    assert main([], proofs, root) == 0
+    rows = table(root).splitlines()[2:]
+    assert "| [in much.md](much.md#figures) |" in rows[0]
+    assert "kills 100 to 300" in rows[1]
+    written = (root / "docs" / "much.md").read_text()
+    assert "### `kills`\n\nkills never loses a bill (3 seeds, source `" in written
+    assert "| kills | 100 to 300 |\n| lost | 0 |\n| engine | toy |" in written
+    assert "plain" not in written
+    # A page that is there keeps its text, and the figures of another machine.
+    assert figures_page("a\n" + written + "z\n", proofs[:1], []) == "a\n" + written + "z\n"
+    assert figures_page(written, [], []) == EMPTY_FIGURES.replace("-->\n<!--", "-->\n\n<!--")
+    with pytest.raises(ValueError, match="has no"):
+        figures_page("# Figures\n", proofs[:1], [])
