@@ -12,7 +12,7 @@ from gateway.body import Body
 from gateway.decision import Header
 from gateway.driver import Door, Full, Run
 from gateway.errors import Refusal
-from gateway.sizing import Sizes
+from gateway.sizing import Counts, Sizes
 from gateway.wire import TokenUsage
 from policies.access import Caller
 from policies.limits import Account, Amounts, Facts, Need, Use
@@ -38,6 +38,7 @@ class Allowance:
         self._asking = asking
         self._use = use
         self._need = Need.nothing()
+        self._counts: Counts = {}
         self._accounts: tuple[Account, ...] = ()
         self._reservation = Reservation()
 
@@ -51,9 +52,10 @@ class Allowance:
         """Whether a limit relies on what was reserved not being passed."""
         return any(one.limit.strict for one in self._accounts)
 
-    def prompt_tokens(self, model: str) -> int:
+    def prompt_tokens(self, tier: str, model: str) -> int:
         """Return how many tokens the prompt has, for an attempt that is left before its server has said so."""
-        return self._need.least.input_tokens or self._sizes.prompt_estimate(model, self._asking.body.asked)
+        count = self._counts.get(tier)
+        return self._sizes.prompt_estimate(model, self._asking.body.asked) if count is None else count.tokens
 
     def headers(self) -> list[Header]:
         """Return what the client is told of its limits."""
@@ -68,16 +70,21 @@ class Allowance:
         self._need = sizes.need(asking.route, asking.body.asked, most=self.strict)
         counted = self._worth_counting() or sizes.near_window(asking.route, asking.body.asked)
         if counted:
-            self._need = await while_here(sizes.counted_need(asking.route, asking.body))
+            await self._count(while_here)
         try:
             self._reservation = await self._admit(asking.exchange_id, while_here)
         except Refusal:
             # What was seen last of the limits may have been too old to tell that it would be tight.
             if counted or not self._worth_counting():
                 raise
-            self._need = await while_here(sizes.counted_need(asking.route, asking.body))
+            await self._count(while_here)
             # Of the first try something may still be on its way, and be undone by its id.
             self._reservation = await self._admit(f"{asking.exchange_id}/counted", while_here)
+
+    async def _count(self, while_here: WhileHere) -> None:
+        asking = self._asking
+        self._counts = await while_here(self._sizes.count(asking.route, asking.body))
+        self._need = self._sizes.need(asking.route, asking.body.asked, most=self.strict, counts=self._counts)
 
     def _worth_counting(self) -> bool:
         return bool(self._accounts) and self._admission.tight(self._asking.facts, self._need)
@@ -107,7 +114,7 @@ class Allowance:
     async def enter(self, number: int, facts: Facts, bounded: Sequence[Account], use: Callable[[], Use]) -> Reservation:
         """Reserve for one attempt. Raises `Full`."""
         asking = self._asking
-        need = self._sizes.need_of_attempt(asking.route, facts.tier or "", asking.body.asked)
+        need = self._sizes.need_of_attempt(asking.route, facts.tier or "", asking.body.asked, self._counts)
         for account in bounded:
             # Attempts that failed half way can have used what was reserved for this one.
             reserved, next_one = self._need.of(account.limit, account.meter), need.of(account.limit, account.meter)

@@ -233,7 +233,7 @@ class _Exchange:
                 asked,
                 scored=scored,
                 read_tokens=plan.route.hold.tokens,
-                prompt_tokens=allowance.prompt_tokens(attempt.model),
+                prompt_tokens=allowance.prompt_tokens(attempt.tier, attempt.model),
             )
             return Line(
                 member.backend,

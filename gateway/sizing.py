@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Iterable, Mapping
+from types import MappingProxyType
 
 import msgspec
 
@@ -28,6 +29,12 @@ _MOST_OUTPUT_TOKENS = 4096
 _LARGEST_ANSWER_TOKENS = 10_000_000
 """No answer is longer, whatever a client asks for: sums stay where a double counts exactly."""
 _NEAR = 0.8
+
+
+Counts = Mapping[str, Count]
+"""What is known of a prompt, by tier."""
+
+_UNCOUNTED: Counts = MappingProxyType({})
 
 
 class TierSize(msgspec.Struct, frozen=True, kw_only=True):
@@ -73,36 +80,39 @@ class Sizes:
         """Return what `usage` costs on a tier, in nano-dollars."""
         return cost_of(self._tiers[tier].price, usage).total_nusd
 
-    def need(self, route: Route, asked: Asked, *, most: bool) -> Need:
-        """Return what a request on `route` needs, from its bytes; with `most` also the most it can come to."""
-        reach = [self._reach(route, rung, asked, None, most=most) for rung in route.rungs]
+    def need(self, route: Route, asked: Asked, *, most: bool, counts: Counts = _UNCOUNTED) -> Need:
+        """Return what a request on `route` needs; with `most` also the most it can come to.
+
+        From its bytes, for tiers of which no count is given.
+        """
+        reach = [self._reach(route, rung, asked, counts.get(rung.tier), most=most) for rung in route.rungs]
         return bound(reach, choices=asked.sequences, most=most)
 
-    def need_of_attempt(self, route: Route, tier: str, asked: Asked) -> Need:
+    def need_of_attempt(self, route: Route, tier: str, asked: Asked, counts: Counts = _UNCOUNTED) -> Need:
         """Return what an attempt on one tier needs, and the most."""
         rungs = [rung for rung in route.rungs if rung.tier == tier]
-        return bound([self._reach(route, rung, asked, None) for rung in rungs], choices=asked.sequences)
+        return bound([self._reach(route, rung, asked, counts.get(tier)) for rung in rungs], choices=asked.sequences)
 
-    async def counted_need(self, route: Route, body: Body) -> Need:
-        """Return what it needs, its prompt counted as well as can be. Raises `Refusal` where it fits no tier."""
+    async def count(self, route: Route, body: Body) -> Counts:
+        """Count the prompt for every tier, as well as can be. Raises `Refusal` where it fits none of them."""
         asked = body.asked
-        counts = await asyncio.gather(
+        found = await asyncio.gather(
             *(self._counter.exact(rung.seats[0].backend, rung.seats[0].model, body) for rung in route.rungs)
         )
-        pairs = list(zip(route.rungs, counts, strict=True))
-        windows = [self._window(rung) for rung in route.rungs]
+        counts = {rung.tier: count for rung, count in zip(route.rungs, found, strict=True) if count is not None}
+        windows = {rung.tier: self._window(rung) for rung in route.rungs}
         if all(
-            window is not None and count is not None and count.exact and count.tokens >= window
-            for window, count in zip(windows, counts, strict=True)
+            window is not None and (count := counts.get(tier)) is not None and count.exact and count.tokens >= window
+            for tier, window in windows.items()
         ):
-            largest = max(window for window in windows if window is not None)
-            fewest = min(count.tokens for count in counts if count is not None)
+            largest = max(window for window in windows.values() if window is not None)
+            fewest = min(count.tokens for count in counts.values())
             raise Refusal(
                 "context_length_exceeded",
                 f"The prompt has {fewest} tokens; the largest model that may answer reads {largest}, answer included.",
                 param="messages" if asked.endpoint == "chat/completions" else "prompt",
             )
-        return bound([self._reach(route, rung, asked, count) for rung, count in pairs], choices=asked.sequences)
+        return counts
 
     def near_window(self, route: Route, asked: Asked) -> bool:
         """Whether a prompt may be too long for every tier, so that it is worth counting."""

@@ -341,3 +341,24 @@ def test_users_are_counted_apart_by_what_they_are_called() -> None:
         assert [(await ask(gateway, stream=False)).status for _ in range(2)] == [200, 429]
 
     play(main())
+
+
+class Counting(ScriptedBackend):
+    """A server that knows how many tokens a prompt has: fewer than its bytes allow."""
+
+    async def count_tokens(self, _call: Any) -> int | None:
+        return 30
+
+
+def test_a_prompt_that_was_counted_fits_where_its_bytes_would_not() -> None:
+    async def main() -> None:
+        counting, strict = Counting(says()._play), limit("input_tokens", 100, strict=True)
+        counted = gateway_over(strict, small=counting)
+        assert (await ask(counted, stream=False)).status == 200
+        # Where nobody can count for a tier its bytes stand for it, and they are too many.
+        guessed = gateway_over(strict, small=counting, large=says())
+        assert (await ask(guessed, stream=False)).status == 400
+        await counted.sizes.close()
+        await guessed.sizes.close()
+
+    play(main())

@@ -87,9 +87,13 @@ def test_the_bytes_of_a_prompt_bound_its_tokens() -> None:
 def test_a_count_of_the_server_is_sure_both_ways() -> None:
     async def main() -> None:
         size = sizes(counted=123)
-        need = await size.counted_need(ROUTE, body())
+        counts = await size.count(ROUTE, body())
+        need = size.need(ROUTE, body().asked, most=True, counts=counts)
         assert need.most_shown is not None
         assert need.least.input_tokens == need.estimate.input_tokens == need.most_shown.input_tokens == 123
+        of_one = size.need_of_attempt(ROUTE, "large", body().asked, counts)
+        assert of_one.most_shown is not None
+        assert of_one.most_shown.input_tokens == 123
         await size.close()
 
     asyncio.run(main())
@@ -99,10 +103,10 @@ def test_a_prompt_that_fits_no_window_is_refused_on_an_exact_count_only() -> Non
     async def main() -> None:
         long = sizes(counted=3000, window=lambda _: 2048)
         with pytest.raises(Refusal, match="3000 tokens; the largest model that may answer reads 2048") as raised:
-            await long.counted_need(ROUTE, body())
+            await long.count(ROUTE, body())
         assert (raised.value.code, raised.value.param) == ("context_length_exceeded", "messages")
-        await sizes(counted=3000, window=lambda name: 2048 if name == "s" else 4096).counted_need(ROUTE, body())
-        await sizes(counted=3000, window=lambda name: 2048 if name == "s" else None).counted_need(ROUTE, body())
+        await sizes(counted=3000, window=lambda name: 2048 if name == "s" else 4096).count(ROUTE, body())
+        await sizes(counted=3000, window=lambda name: 2048 if name == "s" else None).count(ROUTE, body())
         await long.close()
 
     asyncio.run(main())
