@@ -125,7 +125,9 @@ class Books:
         self._most_leases = _FEW_LEASES
         # By how long they last, so that each is in order as it is.
         self._memories: dict[int, deque[tuple[int, str]]] = {}
-        self._checks: list[tuple[int, str]] = []
+        # Accounts to look at, by the second after which: a million of them are in no order that costs anything.
+        self._checks: dict[int, list[str]] = {}
+        self._check_seconds: list[int] = []
         self._checked: set[str] = set()
 
     @property
@@ -282,8 +284,16 @@ class Books:
             return
         self._accounts[name] = account
         if name not in self._checked:
-            self._checked.add(name)
-            heapq.heappush(self._checks, (now_ms + _KEPT_MS, name))
+            self._look_after(now_ms + _KEPT_MS, name)
+
+    def _look_after(self, at_ms: int, name: str) -> None:
+        self._checked.add(name)
+        second = at_ms // 1000 + 1
+        names = self._checks.get(second)
+        if names is None:
+            names = self._checks[second] = []
+            heapq.heappush(self._check_seconds, second)
+        names.append(name)
 
     # -- reservations -------------------------------------------------------------------------------------------------
 
@@ -362,9 +372,12 @@ class Books:
                 if record is not None and record.state != "open" and record.until_ms + _KEPT_MS <= now_ms:
                     del self._records[id_]
         for _ in range(_MOST_AT_ONCE):
-            if not self._checks or self._checks[0][0] > now_ms:
+            if not self._check_seconds or self._check_seconds[0] * 1000 > now_ms:
                 break
-            _, name = heapq.heappop(self._checks)
+            names = self._checks[self._check_seconds[0]]
+            name = names.pop()
+            if not names:
+                del self._checks[heapq.heappop(self._check_seconds)]
             self._checked.discard(name)
             self._check(name, now_ms)
 
@@ -378,8 +391,7 @@ class Books:
         if next_ms <= now_ms:
             del self._accounts[name]
         else:
-            self._checked.add(name)
-            heapq.heappush(self._checks, (next_ms, name))
+            self._look_after(next_ms, name)
 
 
 def _padded(amounts: Sequence[int], entries: Sequence[Entry]) -> tuple[int, ...]:

@@ -6,7 +6,7 @@ import re
 import socket
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import msgspec
 
@@ -66,9 +66,11 @@ def watched(server: RedisServer) -> Iterator[Reserved]:
 
         def listen() -> None:
             rest = b""
-            while more := connection.recv(_AT_ONCE):
-                *lines, rest = (rest + more).split(b"\r\n")
-                reserved.add(lines)
+            # The server may be gone before it is asked to stop.
+            with suppress(OSError):
+                while more := connection.recv(_AT_ONCE):
+                    *lines, rest = (rest + more).split(b"\r\n")
+                    reserved.add(lines)
 
         thread = threading.Thread(target=listen, daemon=True)
         thread.start()
