@@ -9,7 +9,7 @@ import msgspec
 from policies.access import Caller
 from policies.accounts import Standing
 from policies.cost import usd
-from policies.limits import Account, Facts, capacity, described
+from policies.limits import Account, Facts, capacity, described, remaining
 from routing.ladder import Ladder
 
 
@@ -31,7 +31,7 @@ def as_json(standings: Sequence[tuple[Account, Standing]]) -> bytes:
 def _shown(account: Account, standing: Standing) -> dict[str, object]:
     measure = account.meter.measure
     money = measure == "spend"
-    left = max(0, capacity(account.meter.rule) - standing.used - standing.reserved)
+    left = remaining(account.meter.rule, standing.used, standing.reserved)
 
     def amount(number: int) -> object:
         return usd(number) if money else number

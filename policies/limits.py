@@ -214,7 +214,7 @@ def accounts_of(limits: Iterable[Limit], facts: Facts) -> tuple[Account, ...]:
     )
 
 
-def remaining(rule: Rule, used: int, reserved: int) -> int:
+def remaining(rule: Rule | Calendar, used: int, reserved: int) -> int:
     """Return how much more fits."""
     return max(0, capacity(rule) - used - reserved)
 

@@ -10,10 +10,15 @@ import pytest
 
 from backends.backend import Broken, Unreachable
 from backends.scripted import Pause, ScriptedBackend
+from gateway.allowance import Allowance, Asking
+from gateway.body import read_body
+from gateway.driver import Full
 from gateway.exchange import Gateway
+from gateway.wire import TokenUsage
+from policies.access import Caller
 from policies.accounts import Budget, Concurrency, Rate, Rule
-from policies.limits import Dimension, Facts, Limit, Measure, Meter
-from tests.gateway.plays import UNSURE, Client, ask, changed, decided, fails, gateway_over, says
+from policies.limits import Amounts, Dimension, Facts, Limit, Measure, Meter, Use
+from tests.gateway.plays import HELLO, UNSURE, Client, ask, changed, decided, fails, gateway_over, says
 
 both = pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
 HOUR_MS = 3_600_000
@@ -303,14 +308,44 @@ def test_n_multiplies_the_reservation() -> None:
     play(main())
 
 
-def test_a_strict_budget_leaves_nothing_for_a_second_attempt_that_was_not_reserved() -> None:
+def test_a_strict_budget_counts_what_a_broken_attempt_cost() -> None:
     async def main() -> None:
-        # The first tier's failure used most of what was reserved for it; asking it again is within reach no more.
         small = changed(says(sure=UNSURE), lambda script: [*script[:-3], Broken("the engine died")])
         gateway = gateway_over(limit("spend", NUSD, strict=True), small=small)
         decision = decided(gateway, await ask(gateway, stream=True, max_tokens=5))
-        (used, reserved) = (await standings(gateway))["spend"]
-        assert (used, reserved) == (decision.cost_nusd, 0)
+        assert decision.cost_nusd > 0
+        assert (await standings(gateway))["spend"] == (decision.cost_nusd, 0)
+
+    play(main())
+
+
+def test_an_attempt_for_which_a_strict_limit_leaves_nothing_finds_its_tier_full() -> None:
+    async def main() -> None:
+        gateway = gateway_over(limit("spend", NUSD, strict=True), small=says())
+        body = read_body("chat/completions", json.dumps({**HELLO, "max_tokens": 5}).encode())
+        route = gateway.ladder.find("auto")
+        assert route is not None
+        spent = 0
+        asking = Asking(
+            exchange_id="x",
+            caller=Caller(key="tester"),
+            facts=Facts(key="tester", route="auto", model="auto"),
+            route=route,
+            body=body,
+        )
+        allowance = Allowance(gateway.admission, gateway.sizes, asking, lambda: Use(of_all=Amounts(spend_nusd=spent)))
+
+        async def here(waiting: Any) -> Any:
+            return await waiting
+
+        await allowance.ask(here)
+        first, second = allowance.door(1, "small"), allowance.door(2, "small")
+        assert first is not None
+        assert second is not None
+        await first.enter(TokenUsage)
+        spent = 1
+        with pytest.raises(Full, match="leaves nothing for another attempt"):
+            await second.enter(TokenUsage)
 
     play(main())
 
