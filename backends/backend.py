@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator
 from contextlib import AbstractAsyncContextManager
-from typing import Literal, Protocol
+from typing import Literal, Protocol, runtime_checkable
 
 import msgspec
 
@@ -96,6 +96,28 @@ class Backend(Protocol):
 
         Nothing is generated. Raises `BackendFault`.
         """
+        ...
+
+
+class Counters(msgspec.Struct, frozen=True, kw_only=True):
+    """What a server has counted since it started, for whoever asked it.
+
+    `prompt_tokens` are those that it read and did not find in its cache, `running` how many requests it works on now.
+    `started_s` is when its process began, in seconds since the epoch, None where it does not say.
+    """
+
+    prompt_tokens: int
+    completion_tokens: int
+    running: int
+    started_s: float | None = None
+
+
+@runtime_checkable
+class Counting(Protocol):
+    """A backend whose server can be asked for its own counters. Not every one can."""
+
+    async def counters(self) -> Counters | None:
+        """Return what the server counted; None where it does not count. Raises `BackendFault`."""
         ...
 
 

@@ -22,6 +22,7 @@ from backends.backend import (
     BackendFault,
     Broken,
     Call,
+    Counters,
     Phase,
     ServerFacts,
     TimedOut,
@@ -29,6 +30,7 @@ from backends.backend import (
     Unreachable,
 )
 from backends.error_answers import fault_of
+from backends.server_counters import counters_in
 from backends.server_facts import count_in, facts_of, text_question
 from backends.sse import DONE, EventSplitter
 
@@ -38,6 +40,7 @@ _LARGEST_ERROR_BYTES = 64 * 1024
 _LARGEST_EVENT_BYTES = 16 * 1024 * 1024
 _LARGEST_ANSWER_BYTES = 256 * 1024 * 1024
 _LARGEST_LIST_BYTES = 1024 * 1024
+_LARGEST_METRICS_BYTES = 8 * 1024 * 1024
 _LARGEST_COUNT_BYTES = 64 * 1024 * 1024
 _LONGEST_COUNT_S = 2.0
 _LAST_READ_S = 1.0
@@ -84,6 +87,7 @@ class VllmBackend:
         self._pool = pool
         self._urls = {path: URL(f"{root}/v1/{path}") for path in ("chat/completions", "completions", "models")}
         self._health = URL(f"{root}/health")
+        self._metrics = URL(f"{root}/metrics")
         self._tokenize = URL(f"{root}/tokenize")
         self._count_chat = URL(f"{root}/v1/chat/completions/input_tokens")
         self._facts: ServerFacts | None = None
@@ -123,11 +127,22 @@ class VllmBackend:
             raise Broken(f"its health check answers {status}")
         return facts
 
-    async def _get(self, url: URL) -> tuple[int, bytes]:
+    async def counters(self) -> Counters | None:
+        """Ask for `/metrics`, where vLLM has its counters, and llama.cpp if it was started with them."""
+        async with _Clock(
+            Timeouts(connect_s=self._timeouts.connect_s, total_s=self._timeouts.connect_s + 3.0)
+        ) as clock:
+            with _as_faults(clock):
+                status, text = await self._get(self._metrics, _LARGEST_METRICS_BYTES)
+        if status >= HTTPStatus.INTERNAL_SERVER_ERROR and status not in _NO_HEALTH_CHECK:
+            raise Broken(f"it answers {status} for its metrics")
+        return counters_in(text) if status == HTTPStatus.OK else None
+
+    async def _get(self, url: URL, limit_bytes: int = _LARGEST_LIST_BYTES) -> tuple[int, bytes]:
         async with self._pool.session.get(
             url, headers=self._auth, timeout=self._connect_timeout, allow_redirects=False
         ) as response:
-            return response.status, await _read_up_to(response, _LARGEST_LIST_BYTES) or b""
+            return response.status, await _read_up_to(response, limit_bytes) or b""
 
     async def count_tokens(self, call: Call) -> int | None:
         """Ask vLLM's `/tokenize`, which takes the body of a call as it is, or llama.cpp, which takes a chat's."""

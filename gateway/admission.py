@@ -49,10 +49,17 @@ class WhileHere(Protocol):
     def __call__(self, waiting: Coroutine[Any, Any, _T]) -> Awaitable[_T]: ...
 
 
+class Watching(Protocol):
+    """Hears of every account of spending that is seen, how much of it is used, and when."""
+
+    def __call__(self, account: Account, used_nusd: int, now_ms: int, /) -> None: ...
+
+
 class Reservation:
     """What an exchange, or one attempt, holds. It is settled or cancelled once; more often does no harm.
 
-    `waited_s` is how long it took to get a turn. Without any account it is nothing, and costs nothing.
+    `waited_s` is how long it took to get a turn. Without any account it is nothing, and costs nothing. `settled` hears
+    what was counted.
     """
 
     def __init__(
@@ -61,11 +68,13 @@ class Reservation:
         order: Order | None = None,
         accounts: Sequence[Account] = (),
         standings: Sequence[Standing] = (),
+        settled: Callable[[tuple[int, ...]], None] | None = None,
     ) -> None:
         self._limiter = limiter
         self._order = order
         self._accounts = accounts
         self._standings = standings
+        self._settled = settled
         self.waited_s = 0.0
 
     @property
@@ -73,11 +82,14 @@ class Reservation:
         """Whether there is anything to settle."""
         return self._order is not None
 
-    def settle(self, use: Use) -> None:
-        """Count what was used and give back the rest; never waits."""
+    def settle(self, use: Use, at_ms: int = 0) -> None:
+        """Count what was used and give back the rest; never waits. `at_ms`: when its bill was made, 0: now."""
         limiter, order = self._taken()
         if limiter is not None and order is not None:
-            limiter.settle(order, _counted(self._accounts, use))
+            counted = _counted(self._accounts, use)
+            limiter.settle(order, counted, at_ms)
+            if self._settled is not None:
+                self._settled(counted)
 
     def cancel(self) -> None:
         """Undo it: nothing was asked of anybody."""
@@ -116,6 +128,7 @@ class Admission:
         partition: PartitionBy = "deployment",
         metrics: Metrics,
         most_waiting: int = 10_000,
+        watching: Watching | None = None,
     ) -> None:
         self.limits = tuple(limits)
         self._limiter = limiter
@@ -123,6 +136,7 @@ class Admission:
         self._of_attempts = tuple(limit for limit in limits if limit.of_attempts)
         self._partition = partition
         self._metrics = metrics
+        self._watching = watching
         self._room: WaitingRoom[Reservation] = WaitingRoom(size=most_waiting, undo=Reservation.cancel)
         self._known: OrderedDict[Facts, tuple[Account, ...]] = OrderedDict()
         self._seen: OrderedDict[str, int] = OrderedDict()
@@ -202,7 +216,8 @@ class Admission:
             raise why_closed([accounts[index] for index in reply.indices])
         self._look(reply, accounts)
         if isinstance(reply, Granted):
-            return Reservation(self._limiter, order, accounts, reply.standings)
+            settled = None if self._watching is None else partial(self._settled, self._watching, accounts, reply)
+            return Reservation(self._limiter, order, accounts, reply.standings, settled)
         short = [one for one in reply.short if not accounts[one.index].limit.shadow]
         if short and all(one.why == "reserved" and _waits(accounts[one.index].limit) for one in short):
             return StillFull(accounts[short[0].index].name)
@@ -232,11 +247,27 @@ class Admission:
         self._ahead_ms = reply.now_ms - monotonic() * 1000
         for account, standing in zip(accounts, reply.standings, strict=True):
             self._seen[account.name] = standing.used + standing.reserved
+            if self._watching is not None and account.meter.measure == "spend":
+                self._watching(account, standing.used, reply.now_ms)
         while len(self._seen) > _KEPT_STANDINGS:
             self._seen.popitem(last=False)
         for one in reply.short:
             if accounts[one.index].limit.shadow:
                 self._metrics.limited(accounts[one.index].limit.name, accounts[one.index].meter.measure, shadow=True)
+
+    def _settled(
+        self, watching: Watching, accounts: Sequence[Account], granted: Granted, counted: tuple[int, ...]
+    ) -> None:
+        """Tell how much of a budget is used after a settlement: at least what was when it was granted, and this.
+
+        The store says it exactly, but not before the next request. What was used in a window that has ended since does
+        not count.
+        """
+        now_ms = self.now_ms()
+        for account, standing, amount in zip(accounts, granted.standings, counted, strict=True):
+            same_window = standing.reset_ms < 0 or now_ms < granted.now_ms + standing.reset_ms
+            if amount and same_window and account.meter.measure == "spend":
+                watching(account, standing.used + amount, now_ms)
 
     def _order(self, request: Request, accounts: Sequence[Account]) -> Order:
         now_ms = self.now_ms()

@@ -12,11 +12,14 @@ from gateway.body import Body
 from gateway.decision import Header
 from gateway.driver import Door, Full, Run
 from gateway.errors import Refusal
+from gateway.pricing import PriceList
 from gateway.sizing import Counts, Sizes
 from gateway.wire import TokenUsage
 from policies.access import Caller
+from policies.cost import cost_of
 from policies.limits import Account, Amounts, Facts, Need, Use
 from routing.ladder import Route
+from routing.plan import PlannedAttempt
 
 
 class Asking(msgspec.Struct, frozen=True, kw_only=True):
@@ -27,6 +30,7 @@ class Asking(msgspec.Struct, frozen=True, kw_only=True):
     facts: Facts
     route: Route
     body: Body
+    prices: PriceList
 
 
 class Allowance:
@@ -67,7 +71,7 @@ class Allowance:
         if not self._admission.limits:
             return
         self._accounts = self._admission.accounts(asking.facts)
-        self._need = sizes.need(asking.route, asking.body.asked, most=self.strict)
+        self._need = sizes.need(asking.route, asking.body.asked, asking.prices.tiers, most=self.strict)
         counted = self._worth_counting() or sizes.near_window(asking.route, asking.body.asked)
         if counted:
             await self._count(while_here)
@@ -84,7 +88,9 @@ class Allowance:
     async def _count(self, while_here: WhileHere) -> None:
         asking = self._asking
         self._counts = await while_here(self._sizes.count(asking.route, asking.body))
-        self._need = self._sizes.need(asking.route, asking.body.asked, most=self.strict, counts=self._counts)
+        self._need = self._sizes.need(
+            asking.route, asking.body.asked, asking.prices.tiers, most=self.strict, counts=self._counts
+        )
 
     def _worth_counting(self) -> bool:
         return bool(self._accounts) and self._admission.tight(self._asking.facts, self._need)
@@ -96,25 +102,28 @@ class Allowance:
             while_here,
         )
 
-    def settle(self) -> None:
-        """Count what was used and give back the rest."""
+    def settle(self, at_ms: int = 0) -> None:
+        """Count what was used and give back the rest. `at_ms`: when the bill was made, 0: now."""
         if self._reservation.held:
-            self._reservation.settle(self._use())
+            self._reservation.settle(self._use(), at_ms)
 
-    def door(self, number: int, tier: str) -> Door | None:
+    def door(self, number: int, attempt: PlannedAttempt) -> Door | None:
         """Return what attempt `number` has to go through; None where its tier takes as many as come."""
         if not self._admission.limits:
             return None
-        facts = msgspec.structs.replace(self._asking.facts, tier=tier)
+        facts = msgspec.structs.replace(self._asking.facts, tier=attempt.tier)
         bounded = tuple(one for one in self._accounts if one.limit.strict)
         if not bounded and not self._admission.accounts(facts):
             return None
-        return _TierDoor(self, number, facts, bounded)
+        return _TierDoor(self, number, facts, attempt.backend, bounded)
 
     async def enter(self, number: int, facts: Facts, bounded: Sequence[Account], use: Callable[[], Use]) -> Reservation:
         """Reserve for one attempt. Raises `Full`."""
         asking = self._asking
-        need = self._sizes.need_of_attempt(asking.route, facts.tier or "", asking.body.asked, self._counts)
+        tier = facts.tier or ""
+        need = self._sizes.need_of_attempt(
+            asking.route, tier, asking.body.asked, asking.prices.tiers[tier], self._counts
+        )
         for account in bounded:
             # Attempts that failed half way can have used what was reserved for this one.
             reserved, next_one = self._need.of(account.limit, account.meter), need.of(account.limit, account.meter)
@@ -127,32 +136,35 @@ class Allowance:
         except Refusal as refusal:
             raise Full(refusal.message, refusal.retry_after_s) from None
 
-    def cost(self, tier: str, usage: TokenUsage) -> Use:
+    def cost(self, backend: str, usage: TokenUsage) -> Use:
         """Return what one attempt alone used."""
         amounts = Amounts(
             input_tokens=usage.prompt_tokens,
             output_tokens=usage.completion_tokens,
-            spend_nusd=self._sizes.cost_nusd(tier, usage),
+            spend_nusd=cost_of(self._asking.prices.backends[backend], usage).total_nusd,
         )
         return Use(shown=amounts, of_all=amounts)
 
 
 class _TierDoor:
-    def __init__(self, allowance: Allowance, number: int, facts: Facts, bounded: Sequence[Account]) -> None:
+    def __init__(
+        self, allowance: Allowance, number: int, facts: Facts, backend: str, bounded: Sequence[Account]
+    ) -> None:
         self._allowance = allowance
         self._number = number
         self._facts = facts
+        self._backend = backend
         self._bounded = bounded
         self._reservation = Reservation()
 
     async def enter(self, usage: Callable[[], TokenUsage]) -> None:
         def so_far() -> Use:
-            return self._allowance.cost(self._facts.tier or "", usage())
+            return self._allowance.cost(self._backend, usage())
 
         self._reservation = await self._allowance.enter(self._number, self._facts, self._bounded, so_far)
 
     def leave(self, usage: TokenUsage) -> None:
-        self._reservation.settle(self._allowance.cost(self._facts.tier or "", usage))
+        self._reservation.settle(self._allowance.cost(self._backend, usage))
 
 
 def user_digest(*said: str | bytes | None) -> str | None:
@@ -167,9 +179,9 @@ def user_digest(*said: str | bytes | None) -> str | None:
     return sha256(raw).hexdigest()[:32]
 
 
-def used(runs: Sequence[Run], sizes: Sizes, shown: Run | None) -> Use:
+def used(runs: Sequence[Run], prices: PriceList, shown: Run | None) -> Use:
     """Return what an exchange has used: the answer that the client is `shown`, and all attempts."""
-    of_all = [(usage := run.usage, sizes.cost_nusd(run.attempt.tier, usage)) for run in runs]
+    of_all = [(usage := run.usage, cost_of(prices.backends[run.attempt.backend], usage).total_nusd) for run in runs]
     usage = TokenUsage() if shown is None else shown.usage
     return Use(
         shown=Amounts(input_tokens=usage.prompt_tokens, output_tokens=usage.completion_tokens),

@@ -89,15 +89,31 @@ class Answer(msgspec.Struct):
     choices: list[Choice] | None = None
     usage: Usage | None = None
     error: Any = None
+    system_fingerprint: Any = None
 
+
+class _AnswerWithoutBill(msgspec.Struct):
+    choices: list[Choice] | None = None
+    error: Any = None
+    system_fingerprint: Any = None
+
+
+_NO_BILL = Usage(prompt_tokens=-1)
 
 _decode = msgspec.json.Decoder(Answer).decode
+_decode_without_bill = msgspec.json.Decoder(_AnswerWithoutBill).decode
 
 
 def read_answer(payload: bytes) -> Answer:
     """Decode a whole answer or the payload of an event. Raises `Broken` for what is in no shape of OpenAI's."""
     try:
         return _decode(payload)
+    except msgspec.ValidationError as error:
+        if "$.usage" not in str(error):
+            raise Broken(f"its answer is not in OpenAI's shape: {error}") from None
+        # A bill that cannot be read is as good as one that cannot be true: the answer is an answer all the same.
+        answer = _decode_without_bill(payload)
+        return Answer(answer.choices, _NO_BILL, answer.error, answer.system_fingerprint)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise Broken(f"its answer is not in OpenAI's shape: {error}") from None
 

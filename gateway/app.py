@@ -26,9 +26,11 @@ from backends.weights import local_model_ids
 from gateway.admin import admin_app
 from gateway.admission import Admission
 from gateway.bodies import BodyReader
+from gateway.bookkeeping import bookkeeping_of
 from gateway.config import model as noun
 from gateway.config.load import Loaded, model_id
 from gateway.config.secrets import Secret, resolve_all
+from gateway.cost_admin import CostAdmin
 from gateway.counting import TokenCounter
 from gateway.decision import DecisionStore
 from gateway.edge import Edge, ErrorAnswers, Shortcut
@@ -38,15 +40,18 @@ from gateway.exchange import Gateway
 from gateway.fleet import Fleet, Member, Scores
 from gateway.key_admin import KeyAdmin
 from gateway.keys import LiveKeys, caller_of
+from gateway.ledger.opening import open_store
 from gateway.log import ExchangeLog
 from gateway.metrics import Metrics
 from gateway.peers import Peers, id_prefix
+from gateway.price_list import LiteLlmPrices
+from gateway.pricing import pricing_of
 from gateway.rules import limits_of
 from gateway.sizing import Sizes, TierSize
 from gateway.state import State, state_of
 from gateway.telemetry import Tracing
+from gateway.usage import Usage
 from policies.access import Keyring
-from policies.cost import Price
 from routing.ladder import Hold, Ladder, Route, Rung, Seat
 
 
@@ -79,6 +84,11 @@ def build(loaded: Loaded, *, local_urls: Mapping[str, str] | None = None, place:
     bodies = BodyReader()
     pool = HttpPool()
     log = config.telemetry.log
+    kept = not isinstance(config.ledger.store, noun.NoLedger)
+    pricing = pricing_of(config, LiteLlmPrices())
+    books = bookkeeping_of(
+        loaded, secrets, worker=place.worker, workers=place.workers, pricing=pricing, metrics=metrics
+    )
     members = {
         name: Member(
             name=name,
@@ -101,6 +111,9 @@ def build(loaded: Loaded, *, local_urls: Mapping[str, str] | None = None, place:
     user_header = config.server.user_header
     gateway = Gateway(
         config=loaded.digest,
+        instance=books.instance,
+        ledger=books.ledger,
+        keep_inputs=kept and config.ledger.decision_inputs.kept,
         id_prefix=id_prefix(place.worker),
         max_body_bytes=config.server.max_body,
         keys=LiveKeys(
@@ -110,11 +123,10 @@ def build(loaded: Loaded, *, local_urls: Mapping[str, str] | None = None, place:
         ),
         user_header=None if user_header is None else user_header.lower().encode(),
         ladder=ladder_of(config),
-        prices={tier.name: price_of(tier.price) for tier in config.tiers},
+        pricing=pricing,
         sizes=Sizes(
             {
                 tier.name: TierSize(
-                    price=price_of(tier.price),
                     context_tokens=tier.context_tokens,
                     max_output_tokens=tier.max_output_tokens,
                 )
@@ -128,6 +140,7 @@ def build(loaded: Loaded, *, local_urls: Mapping[str, str] | None = None, place:
             limits_of(config),
             partition=config.state.partition if isinstance(config.state, noun.RedisState) else "deployment",
             metrics=metrics,
+            watching=books.watching,
         ),
         fleet=Fleet(members),
         bodies=bodies,
@@ -142,6 +155,7 @@ def build(loaded: Loaded, *, local_urls: Mapping[str, str] | None = None, place:
         await peers.open(store, metrics)
         await bodies.open()
         await state.limiter.open()
+        await books.open(state.limiter, gateway.admission, members)
         if gateway.admission.limits:
             await gateway.sizes.open(member.model for member in members.values())
         await gateway.fleet.probe_all()
@@ -153,6 +167,7 @@ def build(loaded: Loaded, *, local_urls: Mapping[str, str] | None = None, place:
                 task.cancel()
             await asyncio.wait(tasks)
             gateway.admission.close()
+            await books.close()
             await state.limiter.close()
             await state.close()
             await peers.close()
@@ -161,7 +176,7 @@ def build(loaded: Loaded, *, local_urls: Mapping[str, str] | None = None, place:
             await bodies.close()
             await pool.close()
 
-    endpoints = Endpoints(gateway, peers)
+    endpoints = Endpoints(gateway, peers, Usage(open_store(loaded)) if kept else None)
     errors = ErrorAnswers(metrics, gateway.log)
     app = Starlette(
         routes=endpoints.routes(),
@@ -191,7 +206,13 @@ def _admin(loaded: Loaded, secrets: Mapping[noun.SecretRef, Secret], gateway: Ga
         models=gateway.ladder.names.keys(),
         teams={*config.teams, *(key.team for key in config.keys if key.team is not None)},
     )
-    return admin_app(keys, secret=secrets[config.server.admin.key], config=loaded.digest)
+    kept = not isinstance(config.ledger.store, noun.NoLedger)
+    return admin_app(
+        keys,
+        secret=secrets[config.server.admin.key],
+        config=loaded.digest,
+        more_routes=CostAdmin(open_store(loaded), idle=config.ledger.idle).routes() if kept else (),
+    )
 
 
 def _tokenizers(loaded: Loaded) -> dict[str, str]:
@@ -204,12 +225,6 @@ def _tokenizers(loaded: Loaded) -> dict[str, str]:
 
 def _unbuffered_stderr() -> BinaryIO:
     return open(sys.stderr.fileno(), "wb", buffering=0, closefd=False)
-
-
-def price_of(price: noun.Price) -> Price:
-    """Return the price of a tier."""
-    cached = price.input if price.cached_input is None else price.cached_input
-    return Price(input_nusd=price.input, cached_input_nusd=cached, output_nusd=price.output)
 
 
 def model_of(backend: noun.AnyBackend) -> str:

@@ -88,6 +88,14 @@ def _parser() -> argparse.ArgumentParser:
     from gateway.tools import limits as limits_tool  # noqa: PLC0415 - as above
 
     limits_tool.add_arguments(limits)
+    cost = commands.add_parser("cost", help="say what was spent, by whom, where and what for")
+    from gateway.tools import cost as cost_tool  # noqa: PLC0415 - as above
+
+    cost_tool.add_arguments(cost)
+    ledger = commands.add_parser("ledger", help="verify, seed, prune and export the ledger, compare it with an invoice")
+    from gateway.tools import ledger as ledger_tool  # noqa: PLC0415 - as above
+
+    ledger_tool.add_arguments(ledger)
     return parser
 
 

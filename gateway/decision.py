@@ -14,6 +14,35 @@ from gateway.wire import TokenUsage
 from policies.cost import Cost, usd
 
 Role = Literal["answer"]
+AttemptOutcome = Literal["accepted", "doubted", "failed", "rejected", "full", "cancelled", "lost"]
+"""`full`: its tier had no room, so it was never made. `lost`: the process died in the middle of it."""
+EndingKind = Literal["answered", "broken", "abandoned", "exhausted", "lost"]
+"""How the cascade ended. `lost`: it did not, its process died."""
+
+
+class Payer(msgspec.Struct, frozen=True, kw_only=True):
+    """Whose bill it is.
+
+    `user` is the end user as named by the key, a header or the body, `user_digest` what limits know it by. `tags` and
+    `metadata` are those of the key.
+    """
+
+    key: str
+    team: str | None = None
+    user: str | None = None
+    user_digest: str | None = None
+    tags: tuple[str, ...] = ()
+    metadata: tuple[tuple[str, str], ...] = ()
+
+
+class Baseline(msgspec.Struct, frozen=True, kw_only=True):
+    """What the dearest tier of the route alone would have cost: the tokens of the answer shown, at its price.
+
+    That model might have said more, or less: nobody knows, so nothing is added for it.
+    """
+
+    tier: str
+    cost_nusd: int
 
 
 class AttemptRecord(msgspec.Struct, frozen=True, kw_only=True):
@@ -22,6 +51,7 @@ class AttemptRecord(msgspec.Struct, frozen=True, kw_only=True):
     `waited_s` is how long it waited for room in the tier before it was started; one that found it full was never made.
 
     `fault` is the kind of what went wrong. `fault_detail` may name addresses and is for the operator alone.
+    `model_version` is what the server said of itself with its answer; `price_version` names the price in the ledger.
     """
 
     number: int
@@ -29,7 +59,7 @@ class AttemptRecord(msgspec.Struct, frozen=True, kw_only=True):
     tier: str
     backend: str
     model: str
-    outcome: Literal["accepted", "doubted", "failed", "rejected", "full", "cancelled"]
+    outcome: AttemptOutcome
     fault: str | None
     fault_detail: str | None
     confidence: float | None
@@ -40,28 +70,28 @@ class AttemptRecord(msgspec.Struct, frozen=True, kw_only=True):
     first_token_s: float | None
     ended_s: float
     waited_s: float = 0.0
+    model_version: str | None = None
+    price_version: str = ""
 
 
 class Decision(msgspec.Struct, frozen=True, kw_only=True):
     """Everything about one exchange, and never a word of prompt or answer.
 
-    `ending` is that of the cascade; `queued_s` is all the time spent waiting for a turn. A request that no backend was
-    asked about has no Decision.
+    `ending` is that of the cascade; `served` the number of the attempt that the client was shown; `queued_s` is all the
+    time spent waiting for a turn. A request that no backend was asked about has no Decision.
     """
 
     exchange_id: str
     request_id: str
-    key: str
-    team: str | None = None
+    payer: Payer
     endpoint: str
     asked: str
     route: str
     streamed: bool
-    ending: Literal["answered", "broken", "abandoned", "exhausted"]
+    ending: EndingKind
     error: str | None
     degraded: bool
-    tier: str | None
-    model: str | None
+    served: int | None
     confidence: float | None
     confidence_kind: Literal["raw"]
     attempts: tuple[AttemptRecord, ...]
@@ -70,6 +100,27 @@ class Decision(msgspec.Struct, frozen=True, kw_only=True):
     first_byte_s: float | None
     total_s: float
     config: str
+    baseline: Baseline | None = None
+
+    @property
+    def key(self) -> str:
+        """The name of the key that asked."""
+        return self.payer.key
+
+    @property
+    def shown(self) -> AttemptRecord | None:
+        """The attempt whose answer the client was shown."""
+        return None if self.served is None else self.attempts[self.served - 1]
+
+    @property
+    def tier(self) -> str | None:
+        """The tier that answered."""
+        return None if self.shown is None else self.shown.tier
+
+    @property
+    def model(self) -> str | None:
+        """The model that answered."""
+        return None if self.shown is None else self.shown.model
 
     @property
     def cost_nusd(self) -> int:
@@ -98,6 +149,8 @@ class Decision(msgspec.Struct, frozen=True, kw_only=True):
 def as_json(decision: Decision) -> bytes:
     """Render for `GET /v1/requests/{exchange_id}`."""
     shown: dict[str, Any] = msgspec.to_builtins(decision)
+    payer = shown.pop("payer")
+    baseline = shown.pop("baseline")
     for attempt in shown["attempts"]:
         attempt["cost_usd"] = usd(sum(attempt.pop("cost").values()))
         del attempt["fault_detail"]
@@ -105,8 +158,16 @@ def as_json(decision: Decision) -> bytes:
         {
             "object": "tierway.decision",
             **shown,
+            "key": decision.payer.key,
+            "team": decision.payer.team,
+            "user": decision.payer.user,
+            "tags": payer["tags"],
+            "metadata": dict(decision.payer.metadata),
+            "tier": decision.tier,
+            "model": decision.model,
             "usage": decision.usage,
             "cost_usd": usd(decision.cost_nusd),
+            "baseline": baseline and {"tier": baseline["tier"], "cost_usd": usd(baseline["cost_nusd"])},
         }
     )
 

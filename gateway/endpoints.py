@@ -23,6 +23,7 @@ from gateway.peers import Peers
 from gateway.sinks import Send
 from gateway.standing import as_json as standings_json
 from gateway.standing import facts_of
+from gateway.usage import Usage
 
 _JSON = "application/json"
 
@@ -41,9 +42,10 @@ class ExchangeEndpoint:
 class Endpoints:
     """Everything else that is served."""
 
-    def __init__(self, gateway: Gateway, peers: Peers) -> None:
+    def __init__(self, gateway: Gateway, peers: Peers, usage: Usage | None = None) -> None:
         self._gateway = gateway
         self._peers = peers
+        self._used = usage
         self._started_at = int(time())
 
     def busiest(self) -> dict[tuple[str, str], App]:
@@ -60,6 +62,7 @@ class Endpoints:
             Route("/v1/models", self._models, methods=["GET"]),
             Route("/v1/models/{name:path}", self._model, methods=["GET"]),
             Route("/v1/limits", self._limits, methods=["GET"]),
+            Route("/v1/usage", self._usage, methods=["GET"]),
             Route("/v1/requests/{exchange_id}", self._decision, methods=["GET"]),
             Route("/healthz", self._alive, methods=["GET"]),
             Route("/readyz", self._ready, methods=["GET"]),
@@ -88,6 +91,12 @@ class Endpoints:
         user = user_digest(caller.user, request.query_params.get("user"))
         facts = facts_of(gateway.ladder, caller, user)
         return Response(standings_json(await gateway.admission.standings(facts)), media_type=_JSON)
+
+    async def _usage(self, request: Request) -> Response:
+        caller = await recognise(self._gateway.keys, request.scope)
+        if self._used is None:
+            raise Refusal("ledger_unavailable", "This gateway keeps no ledger, so it does not know what was used.")
+        return await self._used.answer(request, caller)
 
     async def _decision(self, request: Request) -> Response:
         caller = await recognise(self._gateway.keys, request.scope)

@@ -103,6 +103,14 @@ TABLE: tuple[ErrorKind, ...] = (
         "later",
         "A limit cannot be counted now, and its `when_down` lets nothing through uncounted.",
     ),
+    ErrorKind(
+        "ledger_unavailable",
+        503,
+        "server_error",
+        "later",
+        "The bill of a request cannot be written, and the operator wants nothing answered without one. Comes as an "
+        "event where a stream had begun.",
+    ),
     ErrorKind("keys_unavailable", 503, "server_error", "later", "Whether the key is valid cannot be looked up now."),
     ErrorKind("shutting_down", 503, "server_error", "later", "tierway is stopping; another replica will answer."),
     ErrorKind(

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Coroutine, Mapping, Sequence
+from collections.abc import Coroutine, Sequence
 from functools import partial
 from time import monotonic, time
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 import msgspec
 
@@ -15,24 +15,32 @@ from gateway.admission import Admission
 from gateway.allowance import Allowance, Asking, used, user_digest
 from gateway.bodies import BodyReader
 from gateway.body import Asked, Body
-from gateway.decision import AttemptRecord, Decision, DecisionStore, Header, answer_headers, summary
+from gateway.deciding import Matter, decision_of
+from gateway.decision import Decision, DecisionStore, Header, Payer, answer_headers, summary
 from gateway.driver import Full, Line, Mailbox, Run, drive
 from gateway.errors import Refusal
 from gateway.fleet import Fleet, Scores
 from gateway.http import Receive, Scope, header, new_id, read_raw_body, recognise, request_id, trace_headers
 from gateway.keys import LiveKeys
+from gateway.ledger.billing import bill_of, inputs_of
+from gateway.ledger.contract import Ledger, LedgerDown
+from gateway.ledger.rows import Bill, DecisionInputRow, DeliveryRow
 from gateway.log import ExchangeLog
 from gateway.metrics import Metrics
+from gateway.pricing import Pricing
 from gateway.sinks import Send, Sink, make_sink, send_refusal
 from gateway.sizing import Sizes
 from gateway.telemetry import Tracing
 from gateway.wire import make_tap
 from policies.access import Caller
-from policies.cost import Price, cost_of
+from policies.cost import cost_of
 from policies.limits import Facts, Use
-from routing.cascade import Commit, Ending, Judged, Left, climb
+from routing.cascade import Commit, Ending, Left, climb
+from routing.features import FEATURES, features_of
 from routing.ladder import Ladder, Route
 from routing.plan import PlannedAttempt, RoutePlan, make_plan
+
+_LONGEST_USER_CHARS = 256
 
 _T = TypeVar("_T")
 
@@ -42,15 +50,18 @@ class Gateway(msgspec.Struct, frozen=True, kw_only=True):
 
     config: str
     id_prefix: str
+    instance: str = ""
     max_body_bytes: int
     keys: LiveKeys
     ladder: Ladder
-    prices: Mapping[str, Price]
+    pricing: Pricing
     sizes: Sizes
     admission: Admission
     user_header: bytes | None = None
     fleet: Fleet
     bodies: BodyReader
+    ledger: Ledger
+    keep_inputs: bool = True
     store: DecisionStore
     metrics: Metrics
     log: ExchangeLog
@@ -60,9 +71,9 @@ class Gateway(msgspec.Struct, frozen=True, kw_only=True):
 async def exchange(gateway: Gateway, endpoint: Endpoint, scope: Scope, receive: Receive, send: Send) -> None:
     """Answer one request."""
     this = _Exchange(gateway, endpoint, scope, receive, send)
-    ending: Ending | None = None
     try:
         caller = this.caller = await recognise(gateway.keys, scope)
+        this.require_ledger()
         raw = await read_raw_body(scope, receive, gateway.max_body_bytes)
         body = await gateway.bodies.read(endpoint, raw)
         route = find_route(gateway.ladder, caller, body.asked.model)
@@ -70,16 +81,15 @@ async def exchange(gateway: Gateway, endpoint: Endpoint, scope: Scope, receive: 
         plan = make_plan(route, choices=body.asked.choices, down=gateway.fleet.down, tie_break=this.tie_break)
         sink = this.open_sink(body, allowance)
         ending = await this.climb(plan, body, sink, allowance)
-        decision = this.decide(ending, plan, body, allowance)
-        gateway.store.put(decision)
+        decision = await this.record(ending)
+        this.settle(ending)
+        await this.close(ending, decision, sink)
+        this.learn(route, body.asked)
+        this.tell(decision)
     except Refusal as refusal:
         await this.refuse(refusal)
-        return
     finally:
-        this.settle(ending)
-    await this.close(ending, decision, sink)
-    this.learn(route, body.asked)
-    this.tell(decision)
+        this.leave()
 
 
 def find_route(ladder: Ladder, caller: Caller, name: str) -> Route:
@@ -108,8 +118,13 @@ class _Exchange:
         self._note_wanted = header(scope, b"x-tierway-include")
         self._mailbox = Mailbox()
         self._watcher: asyncio.Task[None] | None = None
+        self._prices = gateway.pricing.at(self._created_at)
+        self._matter: Matter | None = None
+        self._body: Body | None = None
         self._allowance: Allowance | None = None
         self._ending: Ending | None = None
+        self._recorded = False
+        self._billed_ms = 0
         self.caller: Caller | None = None
 
     @property
@@ -128,6 +143,7 @@ class _Exchange:
     async def refuse(self, refusal: Refusal) -> None:
         """Answer with an error that no backend was asked about."""
         self._gateway.metrics.refused(refusal.code)
+        self._gateway.ledger.refuse("" if self.caller is None else self.caller.key, refusal.code)
         await send_refusal(self._send, refusal, self._headers)
         self._gateway.log.refused(
             request_id=self._request_id.decode(),
@@ -137,12 +153,39 @@ class _Exchange:
             status=refusal.status,
         )
 
+    def require_ledger(self) -> None:
+        """Raise `Refusal` while the bill of another request could not be written."""
+        if not self._gateway.ledger.accepting:
+            raise _no_ledger()
+
     # -- limits ---------------------------------------------------------------------------------------------------
 
     async def admit(self, caller: Caller, route: Route, body: Body) -> Allowance:
         """Reserve what the request can come to. Raises `Refusal`."""
         gateway = self._gateway
         named = header(self._scope, gateway.user_header) if gateway.user_header is not None else None
+        digest = user_digest(caller.user, named, body.asked.user)
+        self._body = body
+        self._matter = Matter(
+            exchange_id=self._exchange_id,
+            request_id=self._request_id.decode("ascii"),
+            payer=Payer(
+                key=caller.key,
+                team=caller.team,
+                user=caller.user or (named or b"").decode("utf-8", "replace")[:_LONGEST_USER_CHARS] or body.asked.user,
+                user_digest=digest,
+                tags=caller.tags,
+                metadata=caller.metadata,
+            ),
+            endpoint=self._endpoint,
+            asked=body.asked.model,
+            streamed=body.asked.stream,
+            route=route,
+            prices=self._prices,
+            config=gateway.config,
+            created_at=self._created_at,
+            started_s=self._started_s,
+        )
         allowance = self._allowance = Allowance(
             gateway.admission,
             gateway.sizes,
@@ -152,12 +195,13 @@ class _Exchange:
                 facts=Facts(
                     key=caller.key,
                     team=caller.team,
-                    user=user_digest(caller.user, named, body.asked.user),
+                    user=digest,
                     route=route.name,
                     model=body.asked.model,
                 ),
                 route=route,
                 body=body,
+                prices=self._prices,
             ),
             self._used,
         )
@@ -170,7 +214,7 @@ class _Exchange:
         ending = self._ending
         if ending is not None and ending.kind == "abandoned" and shown is None and self._runs:
             shown = self._runs[-1]
-        return used(self._runs, self._gateway.sizes, shown)
+        return used(self._runs, self._prices, shown)
 
     async def _while_here(self, waiting: Coroutine[Any, Any, _T]) -> _T:
         task, watcher = asyncio.create_task(waiting), self._watch()
@@ -191,12 +235,22 @@ class _Exchange:
         return self._watcher
 
     def settle(self, ending: Ending | None) -> None:
-        """Count what was used, give back what was not, and look out for the client no more."""
+        """Count what was used, and give back what was not."""
         self._ending = ending
+        if self._allowance is not None:
+            # At the very time of the bill: what the store counts in a window is what the ledger has in it.
+            self._allowance.settle(self._billed_ms)
+
+    def leave(self) -> None:
+        """Owe nobody anything, however it went: a bill that nobody waits for is written all the same."""
         if self._watcher is not None:
             self._watcher.cancel()
-        if self._allowance is not None:
-            self._allowance.settle()
+        if not self._recorded and self._matter is not None:
+            if self._runs:
+                self._cut()
+            else:
+                self._gateway.ledger.forget(self._exchange_id)
+        self.settle(self._ending)
 
     # -- the answer -----------------------------------------------------------------------------------------------
 
@@ -234,13 +288,14 @@ class _Exchange:
                 scored=scored,
                 read_tokens=plan.route.hold.tokens,
                 prompt_tokens=allowance.prompt_tokens(attempt.tier, attempt.model),
+                context_tokens=gateway.sizes.window(attempt.tier, attempt.backend),
             )
             return Line(
                 member.backend,
                 call,
                 tap,
                 partial(gateway.fleet.report, attempt.backend),
-                allowance.door(len(self._runs) + 1, attempt.tier),
+                allowance.door(len(self._runs) + 1, attempt),
             )
 
         def make_head(run: Run, commit: Commit) -> list[Header]:
@@ -256,6 +311,7 @@ class _Exchange:
             )
 
         self._watch()
+        gateway.ledger.begin(self._exchange_id, self._bill_so_far)
         gateway.metrics.open_exchanges += 1
         try:
             return await drive(
@@ -272,69 +328,80 @@ class _Exchange:
     def _queued_s(self, allowance: Allowance) -> float:
         return allowance.waited_s + sum(run.waited_s for run in self._runs)
 
-    def decide(self, ending: Ending, plan: RoutePlan, body: Body, allowance: Allowance) -> Decision:
-        """Build the record of what was done."""
-        now_s = monotonic()
-        judged = {one.id: one for one in ending.judged}
-        served = self._runs[ending.committed - 1] if ending.committed is not None else None
-        attempts = tuple(self._record(run, judged[run.id], ending, plan.route, now_s) for run in self._runs)
-        return Decision(
-            exchange_id=self._exchange_id,
-            request_id=self._request_id.decode("ascii"),
-            key=self.caller.key if self.caller is not None else "",
-            team=self.caller.team if self.caller is not None else None,
-            endpoint=self._endpoint,
-            asked=body.asked.model,
-            route=plan.route.name,
-            streamed=body.asked.stream,
-            ending=ending.kind,
-            error=self._error(ending).code if ending.kind in ("broken", "exhausted") else None,
-            degraded=ending.degraded,
-            tier=served.attempt.tier if served is not None else None,
-            model=served.attempt.model if served is not None else None,
-            confidence=attempts[served.id - 1].confidence if served is not None else None,
-            confidence_kind="raw",
-            attempts=attempts,
-            created_at=self._created_at,
-            queued_s=self._queued_s(allowance),
-            first_byte_s=None if served is None else self._since_start_s(served.committed_s),
-            total_s=now_s - self._started_s,
-            config=self._gateway.config,
+    # -- the record -----------------------------------------------------------------------------------------------
+
+    async def record(self, ending: Ending) -> Decision:
+        """Build the record of what was done, and have it kept before the client hears the end."""
+        error = self._error(ending).code if ending.kind in ("broken", "exhausted") else None
+        decision = self._decided(ending, error)
+        try:
+            await self._gateway.ledger.write(self._final_bill(decision))
+        except LedgerDown:
+            if ending.kind == "answered":
+                decision = msgspec.structs.replace(decision, ending="broken", error=_no_ledger().code)
+            self._gateway.ledger.write_later(self._final_bill(decision))
+        self._recorded = True
+        self._gateway.store.put(decision)
+        return decision
+
+    def _cut(self) -> None:
+        """Record an exchange that neither ended nor will."""
+        self._recorded = True
+        decision = msgspec.structs.replace(self._decided(None, "shutting_down"), ending="broken")
+        self._gateway.ledger.write_later(self._final_bill(decision))
+        self._gateway.store.put(decision)
+        self.tell(decision)
+
+    def _decided(self, ending: Ending | None, error: str | None) -> Decision:
+        if self._matter is None or self._allowance is None:
+            raise TypeError("nothing was asked yet")
+        return decision_of(
+            self._matter,
+            self._runs,
+            ending,
+            error=error,
+            queued_s=self._queued_s(self._allowance),
+            now_s=monotonic(),
         )
 
-    def _record(self, run: Run, judged: Judged, ending: Ending, route: Route, now_s: float) -> AttemptRecord:
-        confidence = judged.confidence
-        if confidence is None and route.judged:
-            confidence = route.estimator.score(run.tap.signals)
-        usage = run.usage
-        return AttemptRecord(
-            number=run.id,
-            role="answer",
-            tier=run.attempt.tier,
-            backend=run.attempt.backend,
-            model=run.attempt.model,
-            outcome=_outcome(judged, accepted=run.id == ending.committed),
-            fault=None if run.fault is None else type(run.fault).__name__,
-            fault_detail=None if run.fault is None else str(run.fault),
-            confidence=confidence,
-            doubt_below=run.attempt.doubt_below,
-            usage=usage,
-            cost=cost_of(self._gateway.prices[run.attempt.tier], usage),
-            started_s=run.started_s - self._started_s,
-            first_token_s=self._since_start_s(run.first_token_s),
-            ended_s=(run.ended_s or now_s) - self._started_s,
-            waited_s=run.waited_s,
+    def _bill(self, decision: Decision, inputs: DecisionInputRow | None = None) -> Bill:
+        gateway = self._gateway
+        return bill_of(
+            decision,
+            instance=gateway.instance,
+            now_ms=int(time() * 1000),
+            price_row=gateway.pricing.row,
+            inputs=inputs,
         )
 
-    def _since_start_s(self, at_s: float | None) -> float | None:
-        return None if at_s is None else at_s - self._started_s
+    def _final_bill(self, decision: Decision) -> Bill:
+        gateway, body = self._gateway, self._body
+        inputs = None
+        if gateway.keep_inputs and body is not None:
+            inputs = inputs_of(
+                decision,
+                feature_version=FEATURES,
+                features=features_of(body.rest),
+                facts=body.asked,
+                down=sorted(gateway.fleet.down),
+            )
+        bill = self._bill(decision, inputs)
+        self._billed_ms = bill.exchange.settled_ms
+        return bill
+
+    def _bill_so_far(self) -> Bill:
+        return self._bill(self._decided(None, None))
 
     def _cost_nusd(self, run: Run) -> int:
-        return cost_of(self._gateway.prices[run.attempt.tier], run.usage).total_nusd
+        return cost_of(self._prices.backends[run.attempt.backend], run.usage).total_nusd
+
+    # -- the end --------------------------------------------------------------------------------------------------
 
     async def close(self, ending: Ending, decision: Decision, sink: Sink) -> None:
         """Send the last part of the answer, now that the record is kept."""
-        if ending.kind == "answered" and ending.committed is not None:
+        if decision.ending != ending.kind:
+            await sink.fail(_no_ledger())
+        elif ending.kind == "answered" and ending.committed is not None:
             tail = self._runs[ending.committed - 1].tail
             note = summary(decision) if self._note_wanted is not None else None
             await sink.end(tail, self._final_headers(decision), note)
@@ -342,6 +409,14 @@ class _Exchange:
             await sink.fail(self._error(ending))
         elif ending.kind == "exhausted":
             await send_refusal(self._send, self._error(ending), [*self._known, *self._final_headers(decision)])
+        here = self._watcher is not None and not self._watcher.done()
+        self._gateway.ledger.deliver(
+            DeliveryRow(
+                exchange_id=self._exchange_id,
+                delivered=int(here and decision.ending == "answered"),
+                total_us=round((monotonic() - self._started_s) * 1e6),
+            )
+        )
 
     def _final_headers(self, decision: Decision) -> list[Header]:
         return answer_headers(
@@ -393,14 +468,10 @@ def _takes_scores(scores: Scores, asked: Asked) -> bool:
     return scores == "always" or (scores == "not_with_streamed_tools" and not (asked.stream and asked.tools))
 
 
-def _outcome(
-    judged: Judged, *, accepted: bool
-) -> Literal["accepted", "doubted", "failed", "rejected", "full", "cancelled"]:
-    if judged.outcome in ("failed", "rejected", "full"):
-        return judged.outcome
-    if accepted:
-        return "accepted" if judged.outcome == "completed" else "cancelled"
-    return "doubted" if judged.doubted else "cancelled"
+def _no_ledger() -> Refusal:
+    return Refusal(
+        "ledger_unavailable", "The bill of a request cannot be written now. Try again later.", retry_after_s=1
+    )
 
 
 def refusal_for(faults: list[BackendFault], full: Sequence[Full] = ()) -> Refusal:

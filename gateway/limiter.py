@@ -7,14 +7,14 @@ was told: then the rule of the item decides (`when_down`).
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Literal, Protocol
 
 import msgspec
 
 from gateway.local_books import LocalBooks
-from policies.accounts import Entry, Standing
-from policies.books import Granted, Refused
+from policies.accounts import Entry, Standing, is_window
+from policies.books import Charge, Granted, Refused, Tell
 from policies.shares import share_of
 
 WhenDown = Literal["open", "closed", "share"]
@@ -34,6 +34,20 @@ class Order(msgspec.Struct, frozen=True):
     id: str
     partition: str
     items: tuple[Item, ...]
+
+
+class Unseeded(msgspec.Struct, frozen=True):
+    """A partition whose store has lost what was spent, and waits to be told: under `epoch`, and by no other.
+
+    Bills made before `cut_ms` are told as totals, later ones each by itself.
+    """
+
+    partition: str
+    epoch: str
+    cut_ms: int
+
+
+Told = Charge | Tell
 
 
 class Closed(msgspec.Struct, frozen=True):
@@ -65,8 +79,11 @@ class Limiter(Protocol):
     async def reserve(self, order: Order, so_far: SoFar) -> Granted | Refused | Closed:
         """Reserve all items or none. What is granted must be settled or cancelled."""
 
-    def settle(self, order: Order, actual: tuple[int, ...]) -> None:
-        """Give back what is held and count what was used, on top of `taken`. Never waits; twice does no harm."""
+    def settle(self, order: Order, actual: tuple[int, ...], at_ms: int = 0) -> None:
+        """Give back what is held and count what was used, on top of `taken`. Never waits; twice does no harm.
+
+        `at_ms` is when the bill was made that says so, 0: now.
+        """
 
     def cancel(self, order: Order) -> None:
         """Undo a reservation. Never waits; twice does no harm."""
@@ -76,6 +93,19 @@ class Limiter(Protocol):
 
     async def seed(self, partition: str, entries: tuple[Entry, ...]) -> bool:
         """Tell totals to a store that has lost its data; whether they counted, False where it could not be told."""
+
+    async def tell(self, partition: str, operations: Sequence[Told], *, epoch: str = "") -> int | None:
+        """Tell what was spent, whoever spent it; how many counted. None: not all of it could be told.
+
+        With `epoch` only under that one. Telling it again does no harm.
+        """
+
+    async def end_seeding(self, partition: str, epoch: str) -> bool:
+        """Say that all totals have been told; whether that was heard."""
+
+    @property
+    def unseeded(self) -> tuple[Unseeded, ...]:
+        """The partitions in use here that wait for their totals."""
 
 
 class Numbers(msgspec.Struct):
@@ -111,6 +141,7 @@ class MemoryLimiter:
 
     def __init__(self, *, rank: int = 0, count: int = 1, clock: Clock | None = None) -> None:
         self._clock = clock or Clock()
+        self._rank, self._count = rank, count
         self._books = LocalBooks(
             lambda entry: entry.rule if count == 1 else share_of(entry.rule, count=count, rank=rank)
         )
@@ -128,8 +159,8 @@ class MemoryLimiter:
     async def reserve(self, order: Order, so_far: SoFar) -> Granted | Refused | Closed:
         return self._books.reserve(order.id, entries_of(order.items), self._clock.now_ms())
 
-    def settle(self, order: Order, actual: tuple[int, ...]) -> None:
-        self._books.settle(order.id, actual, self._clock.now_ms())
+    def settle(self, order: Order, actual: tuple[int, ...], at_ms: int = 0) -> None:
+        self._books.settle(order.id, actual, self._clock.now_ms(), at_ms)
         self._tell()
 
     def cancel(self, order: Order) -> None:
@@ -146,6 +177,40 @@ class MemoryLimiter:
     async def seed(self, partition: str, entries: tuple[Entry, ...]) -> bool:
         """Nothing of it counts: what is forgotten with the process is known to nobody else."""
         return False
+
+    async def tell(self, partition: str, operations: Sequence[Told], *, epoch: str = "") -> int:
+        """Count it here."""
+        now_ms = self._clock.now_ms()
+        return sum(self._books.tell(self._shared(operation), now_ms) for operation in operations)
+
+    def _shared(self, operation: Told) -> Told:
+        """Return the part of it that this worker bears, as it has its part of each limit."""
+        count = self._count
+        if count == 1:
+            return operation
+        entries = tuple(
+            msgspec.structs.replace(entry, taken=entry.taken // count + (self._rank < entry.taken % count))
+            for entry in operation.entries
+        )
+        return msgspec.structs.replace(operation, entries=entries)
+
+    async def end_seeding(self, partition: str, epoch: str) -> bool:
+        """Nothing is waited for here."""
+        return True
+
+    @property
+    def unseeded(self) -> tuple[Unseeded, ...]:
+        return ()
+
+
+def bill_id(id_: str) -> str:
+    """Return the name of the bill of an exchange, or of an attempt, whichever name it was reserved under."""
+    return f"{id_.removesuffix('/counted')}#"
+
+
+def bill_of(order: Order) -> str:
+    """Return the name of its bill, where it has any part in windows."""
+    return bill_id(order.id) if any(is_window(item.entry.rule) for item in order.items) else ""
 
 
 def entries_of(items: tuple[Item, ...]) -> tuple[Entry, ...]:

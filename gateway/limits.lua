@@ -9,7 +9,7 @@
 -- * Nothing is written before every operation has been answered: what fails leaves nothing half done.
 -- * Every key begins with KEYS[1], so all of them share a slot:
 --     :a:<account>  {reserved, used, at, shape, mark, slot, units, slot, units, ...}
---     :r:<id>       {state, ends, since, counted} and, until it is settled, the operation that opened it
+--     :r:<id>       {state, ends, since, counted, mark, billed} and, until it is settled, the operation that opened it
 --     :leases       ids of open reservations by the end of their lease
 --     :alive        replicas by when they are taken for dead
 --     :gen          which generation of the data this is; see `open`
@@ -23,6 +23,7 @@ local SLOTS, LARGEST_SUM = 60, 9000000000000000
 local SETTLED_MS, CANCELLED_MS, EXPIRED_MS, COUNTED_MS = 120000, 600000, 3600000, 86400000
 local MOST_AT_ONCE, KEPT_MS = 100, 60000
 local BEHIND_MS = 2000
+local CUT_MS, TELLING_MS = 600000, 600000
 
 local RESERVED, USED, AT, SHAPE, MARK, FIRST_SLOT = 1, 2, 3, 4, 5, 6
 
@@ -146,28 +147,37 @@ local function without_dead_slots(a, rule, slot_ms)
   return kept
 end
 
-local function take(entry, units)
+local function is_window(rule) return rule[1] == 'budget' or rule[1] == 'rolling' end
+
+local function take_rolling(name, a, rule, units, time)
+  local slot_ms = ceil_div(rule[3], SLOTS)
+  local slot = floor(min(time or now, now) / slot_ms)
+  if slot < floor(now / slot_ms) - SLOTS then return end
+  changed_accounts[name] = rule
+  if a[SHAPE] ~= -rule[3] or first_live(a, rule, slot_ms) ~= FIRST_SLOT then
+    a = without_dead_slots(a, rule, slot_ms)
+    accounts[name] = a
+  end
+  local i = #a - 1
+  if not time and i >= FIRST_SLOT then slot = max(slot, a[i]) end
+  while i >= FIRST_SLOT and a[i] > slot do i = i - 2 end
+  if i >= FIRST_SLOT and a[i] == slot then
+    a[i + 1] = min(LARGEST_SUM, a[i + 1] + units)
+  else
+    table.insert(a, i + 2, slot)
+    table.insert(a, i + 3, min(LARGEST_SUM, units))
+  end
+end
+
+local function take(entry, units, time)
   local name, rule = entry[1], entry[2]
   local kind = rule[1]
   if units <= 0 or kind == 'concurrency' then return end
   local a = account(name)
-  changed_accounts[name] = rule
-  if kind == 'rolling' then
-    local slot_ms = ceil_div(rule[3], SLOTS)
-    if a[SHAPE] ~= -rule[3] or first_live(a, rule, slot_ms) ~= FIRST_SLOT then
-      a = without_dead_slots(a, rule, slot_ms)
-      accounts[name] = a
-    end
-    local last, slot = #a - 1, floor(now / slot_ms)
-    if last >= FIRST_SLOT and a[last] >= slot then
-      a[last + 1] = min(LARGEST_SUM, a[last + 1] + units)
-    else
-      a[#a + 1] = slot
-      a[#a + 1] = min(LARGEST_SUM, units)
-    end
-    return
-  end
+  if kind == 'rolling' then return take_rolling(name, a, rule, units, time) end
   local used, at = used_of(a, rule)
+  if time and kind == 'budget' and time < at then return end
+  changed_accounts[name] = rule
   if kind == 'rate' then
     local _, period = grain_of(rule)
     units = units * period
@@ -251,7 +261,9 @@ local function find(id)
     record = false
     if stored then
       local offset, head = unpack_one(stored, 0)
-      record = {state = head[1], ends = head[2], since = head[3], counted = head[4]}
+      record = {
+        state = head[1], ends = head[2], since = head[3], counted = head[4], mark = head[5] or 0, billed = head[6],
+      }
       record.opened_by = offset == -1 and '' or string.sub(stored, offset + 1)
     end
     records[id] = record
@@ -268,11 +280,14 @@ local function unsettled(record) return record and (record.state == 'open' or re
 
 local function remaining(entry, counted)
   if entry[2][1] == 'concurrency' then return entry[4] end
+  if is_window(entry[2]) then return max(entry[4], counted) end
   return max(0, entry[4] - counted)
 end
 
 local function move(record, sign)
-  for i, entry in ipairs(entries_of(record)) do hold(entry, sign * remaining(entry, record.counted[i])) end
+  for i, entry in ipairs(entries_of(record)) do
+    if not (record.billed and is_window(entry[2])) then hold(entry, sign * remaining(entry, record.counted[i])) end
+  end
 end
 
 local function release(id, record)
@@ -292,19 +307,46 @@ local function keep(id, record)
 end
 
 local function remember(id, state, for_ms)
-  keep(id, {state = state, ends = now + for_ms, since = 0, counted = {}, opened_by = ''})
+  keep(id, {state = state, ends = now + for_ms, since = 0, counted = {}, opened_by = '', mark = gen.mark})
 end
 
-local function take_all(entries)
-  for _, entry in ipairs(entries) do take(entry, entry[3]) end
+local function take_all(entries, times)
+  for i, entry in ipairs(entries) do take(entry, entry[3], times and times[i]) end
 end
 
 local function count(entries, counted, amounts, since)
   for i, entry in ipairs(entries) do
-    local more = (amounts[i] or 0) - (counted[i] or 0)
-    take(entry, more)
-    correct(entry, -more, since)
+    if not is_window(entry[2]) then
+      local more = (amounts[i] or 0) - (counted[i] or 0)
+      take(entry, more)
+      correct(entry, -more, since)
+    end
   end
+end
+
+local function uncount(record)
+  if record.state ~= 'expired' or record.mark ~= gen.mark or record.billed then return end
+  for i, entry in ipairs(entries_of(record)) do
+    if is_window(entry[2]) then correct(entry, record.counted[i], record.ends - EXPIRED_MS) end
+  end
+end
+
+local function known_bill(id)
+  local record = find(id)
+  return record and record.mark == gen.mark
+end
+
+local function telling() return gen.lost and (not gen.seeded or now < gen.telling_until) end
+
+-- Where it is not doubtful a reservation that is known knows itself that its bill was told.
+local function count_windows(op, entries, amounts, doubtful)
+  local time, bill = op[5] or 0, op[6] or ''
+  doubtful = doubtful and bill ~= ''
+  if (time > 0 and time < gen.cut) or (doubtful and known_bill(bill)) then return end
+  for i, entry in ipairs(entries) do
+    if is_window(entry[2]) then take(entry, amounts[i], time > 0 and time or nil) end
+  end
+  if doubtful then remember(bill, 'settled', COUNTED_MS) end
 end
 
 local function enter(op, raw, so_far, lease_ms)
@@ -313,7 +355,9 @@ local function enter(op, raw, so_far, lease_ms)
   count(entries, {}, so_far, 0)
   for i = 1, #entries do counted[i] = so_far[i] or 0 end
   local ends = now + max(1, lease_ms)
-  keep(op[2], {state = 'open', ends = ends, since = now, counted = counted, opened_by = raw, entries = entries})
+  keep(op[2], {
+    state = 'open', ends = ends, since = now, counted = counted, mark = gen.mark, opened_by = raw, entries = entries,
+  })
 end
 
 local function renew(id, so_far, lease_ms)
@@ -325,10 +369,11 @@ local function renew(id, so_far, lease_ms)
     if counted[i] ~= record.counted[i] then since = now end
   end
   release(id, record)
+  uncount(record)
   count(entries, record.counted, counted, record.since)
   keep(id, {
-    state = 'open', ends = now + max(1, lease_ms), since = since, counted = counted,
-    opened_by = record.opened_by, entries = entries,
+    state = 'open', ends = now + max(1, lease_ms), since = since, counted = counted, mark = record.mark,
+    billed = record.billed, opened_by = record.opened_by, entries = entries,
   })
   return true
 end
@@ -350,7 +395,10 @@ local function expire(most)
     elseif record.state == 'open' and record.ends <= now then
       left = left - 1
       release(id, record)
-      record.state, record.ends = 'expired', now + EXPIRED_MS
+      for i, entry in ipairs(record.billed and {} or entries_of(record)) do
+        if is_window(entry[2]) then take(entry, record.counted[i], now) end
+      end
+      record.state, record.ends, record.mark = 'expired', now + EXPIRED_MS, gen.mark
       changed_records[id] = true
     end
   end
@@ -387,16 +435,28 @@ function operations.settle(op)
   local id, actual, entries = op[2], op[3], op[4] or {}
   local record = find(id)
   if unsettled(record) then
+    local reserved, amounts = entries_of(record), {}
+    for i = 1, #reserved do amounts[i] = actual[i] or 0 end
     release(id, record)
-    count(entries_of(record), record.counted, actual, record.since)
+    uncount(record)
+    count(reserved, record.counted, amounts, record.since)
+    if not record.billed then count_windows(op, reserved, amounts, telling()) end
     remember(id, 'settled', SETTLED_MS)
     return {'done', now, true, {}}
   end
-  if #entries > 0 and (not record or record.state == 'cancelled') then
-    take_all(entries)
-    count(entries, {}, actual, 0)
-    remember(id, 'settled', COUNTED_MS)
+  if #entries == 0 or (record and record.state == 'settled' and record.mark == gen.mark) then
+    return {'done', now, false, {}}
   end
+  local spent = {}
+  for i, entry in ipairs(entries) do
+    spent[i] = entry[3] + (actual[i] or 0)
+    if not is_window(entry[2]) and not (record and record.state == 'settled') then
+      take(entry, entry[3])
+      take(entry, actual[i] or 0)
+    end
+  end
+  count_windows(op, entries, spent, true)
+  remember(id, 'settled', COUNTED_MS)
   return {'done', now, false, {}}
 end
 
@@ -408,7 +468,14 @@ function operations.cancel(op)
   local known = unsettled(record) and true or false
   if known then
     release(id, record)
-    for i, entry in ipairs(entries_of(record)) do correct(entry, entry[3] + record.counted[i], record.since) end
+    uncount(record)
+    for i, entry in ipairs(entries_of(record)) do
+      if not is_window(entry[2]) then
+        correct(entry, entry[3] + record.counted[i], record.since)
+      elseif record.mark == gen.mark then
+        correct(entry, entry[3], record.since)
+      end
+    end
   end
   if known or not record then remember(id, 'cancelled', CANCELLED_MS) end
   return {'done', now, known, {}}
@@ -423,10 +490,38 @@ end
 function operations.charge(op)
   local known = find(op[2]) and true or false
   if not known then
-    take_all(op[3])
+    take_all(op[3], op[4])
     remember(op[2], 'settled', COUNTED_MS)
   end
   return {'done', now, not known, {}}
+end
+
+function operations.tell(op)
+  local id, entries, time, times, of, missing = op[2], op[3], op[4], op[5] or {}, op[6] or {}, op[7] ~= false
+  if time < gen.cut or known_bill(id) then return {'done', now, false, {}} end
+  local found = false
+  for _, reserved in ipairs(of) do
+    local record = find(reserved)
+    if unsettled(record) then
+      found = found or not record.billed
+      local open = record.state == 'open'
+      if open then move(record, -1) else uncount(record) end
+      record.billed = true
+      changed_records[reserved] = true
+      if open then move(record, 1) end
+    elseif record and record.state == 'settled' and record.mark == gen.mark then
+      return {'done', now, false, {}}
+    end
+  end
+  if not found and not missing then return {'done', now, false, {}} end
+  for i, entry in ipairs(entries) do
+    if is_window(entry[2]) then
+      take(entry, entry[3], times[i] or time)
+      correct(entry, -entry[3], times[i] or time)
+    end
+  end
+  remember(id, 'settled', COUNTED_MS)
+  return {'done', now, true, {}}
 end
 
 function operations.look(op) return {'done', now, true, standings_of(op[2])} end
@@ -434,14 +529,30 @@ function operations.look(op) return {'done', now, true, standings_of(op[2])} end
 function operations.seed(op)
   if gen.seeded then return {'done', now, false, {}} end
   gen.seeded, gen.totals, gen_changed = true, true, true
+  gen.telling_until = now + TELLING_MS
   for _, entry in ipairs(op[2]) do
-    local kind = entry[2][1]
-    if kind == 'budget' or kind == 'rolling' then take(entry, entry[3]) end
+    if is_window(entry[2]) then take(entry, entry[3]) end
   end
   return {'done', now, true, {}}
 end
 
 -- == generations ======================================================================================================
+
+local function begin(run, lost)
+  gen.serial = max(now, gen.serial + 1)
+  gen.mark = gen.serial
+  gen.epoch = string.sub(run, 1, 8) .. '-' .. string.format('%.0f', gen.serial)
+  gen.run, gen.lost, gen.seeded, gen.totals = run, lost, not lost, false
+  gen.resumed, gen.opened = now, now
+  gen.cut, gen.telling_until = lost and now - CUT_MS or 0, 0
+  gen_changed = true
+end
+
+-- Somebody who knows better says that windows do not hold what they should.
+local function lose()
+  begin(gen.run, true)
+  return {'stale', now, gen.epoch}
+end
 
 -- A caller has (re)connected to the run `run` of the server. It remembers the epoch `known` and the time `acked` of the
 -- last answer to an `open` or `beat` in it; '' and 0: it remembers nothing. `resumed` is the beat that the data held when
@@ -449,32 +560,25 @@ end
 -- BEHIND_MS, which a failover or a crash may lose without being called a loss.
 --
 --   the data is of         the caller remembers                       | then
---   nobody (no :gen)       nothing                                    | a new deployment: new epoch, seeded
+--   nobody (no :gen)       nothing                                    | a new deployment: new epoch, seeded, unless there
+--                                                                     | is a `ledger` that knows better
 --                          an epoch                                   | all was lost: new epoch, not seeded
 --   an epoch               nothing                                    | it goes on
 --                          this one, and no lost time                 | it goes on
---                          this or another one, and a lost time       | an old copy: new epoch, not seeded, windows empty
+--                          this or another one, and a lost time       | an old copy: new epoch, not seeded
 --                          another one; this one began with a loss    | somebody was here before: it goes on
 --                          another one; this one began without one    | all was lost, and a caller without memory took it
---                                                                     | for new: new epoch, not seeded, what was counted
---                                                                     | since stays
+--                                                                     | for new: new epoch, not seeded
 --
--- The last two kinds of loss begin no epoch where a `Seed` has counted since this run was first seen: then the `totals`
--- are there. The caller is told of its loss in any case.
+-- Windows hold nothing in a new epoch: their totals have what was counted before its `cut`, and what was counted since
+-- is told bill by bill. The last two kinds of loss begin no epoch where a `Seed` has counted since this run was first
+-- seen: then the `totals` are there. The caller is told of its loss in any case.
 local function open(op)
   local run, known, acked = op[2], op[3], op[4]
-  -- Begin another epoch. With `anew`, what windows hold does not count in it.
-  local function begin(lost, anew)
-    gen.serial = max(now, gen.serial + 1)
-    if anew then gen.mark = gen.serial end
-    gen.epoch = string.sub(run, 1, 8) .. '-' .. string.format('%.0f', gen.serial)
-    gen.run, gen.lost, gen.seeded, gen.totals = run, lost, not lost, false
-    gen.resumed, gen.opened = now, now
-  end
   local lost = false
   if gen.epoch == '' then
     lost = known ~= ''
-    begin(lost, true)
+    begin(run, lost or op[5] == true)
   else
     local restarted = gen.run ~= run
     if restarted then gen.run, gen.resumed, gen.opened, gen.totals = run, gen.beat, now, false end
@@ -482,11 +586,11 @@ local function open(op)
       local old_copy = acked > gen.resumed + BEHIND_MS and (restarted or acked < gen.opened)
       local another = known ~= gen.epoch
       lost = old_copy or another
-      if (old_copy or (another and not gen.lost)) and not gen.totals then begin(true, old_copy) end
+      if (old_copy or (another and not gen.lost)) and not gen.totals then begin(run, true) end
     end
   end
   gen.beat, gen_changed = now, true
-  return {'opened', now, gen.epoch, gen.seeded, lost}
+  return {'opened', now, gen.epoch, gen.seeded, lost, gen.cut}
 end
 
 local function beat(op)
@@ -541,7 +645,8 @@ end
 local function write_records()
   for id in pairs(changed_records) do
     local record = records[id]
-    local value = pack({record.state, record.ends, record.since, record.counted}) .. record.opened_by
+    local head = {record.state, record.ends, record.since, record.counted, record.mark, record.billed or false}
+    local value = pack(head) .. record.opened_by
     if record.state == 'open' then
       redis.call('SET', prefix .. ':r:' .. id, value)
     else
@@ -556,13 +661,15 @@ end
 -- == the batch ========================================================================================================
 
 local read = redis.call(
-  'HMGET', prefix .. ':gen', 'epoch', 'mark', 'serial', 'run', 'seeded', 'lost', 'beat', 'resumed', 'opened', 'totals'
+  'HMGET', prefix .. ':gen', 'epoch', 'mark', 'serial', 'run', 'seeded', 'lost', 'beat', 'resumed', 'opened', 'totals',
+  'cut', 'telling_until'
 )
 gen.epoch, gen.run = read[1] or '', read[4] or ''
 gen.mark, gen.serial = tonumber(read[2] or 0), tonumber(read[3] or 0)
 gen.seeded, gen.lost = read[5] == '1', read[6] == '1'
 gen.beat, gen.resumed = tonumber(read[7] or 0), tonumber(read[8] or 0)
 gen.opened, gen.totals = tonumber(read[9] or 0), read[10] == '1'
+gen.cut, gen.telling_until = tonumber(read[11] or 0), tonumber(read[12] or 0)
 local epoch = cmsgpack.unpack(ARGV[1])[1]
 local replies = {}
 for i = 2, #ARGV do
@@ -573,6 +680,8 @@ for i = 2, #ARGV do
     reply = {'stale', now, gen.epoch}
   elseif op[1] == 'beat' then
     reply = beat(op)
+  elseif op[1] == 'lose' then
+    reply = lose()
   else
     expire(MOST_AT_ONCE * #ARGV)
     reply = operations[op[1]](op, ARGV[i])
@@ -585,7 +694,7 @@ if gen_changed then
   redis.call(
     'HSET', prefix .. ':gen', 'epoch', gen.epoch, 'mark', gen.mark, 'serial', gen.serial, 'run', gen.run,
     'seeded', gen.seeded and 1 or 0, 'lost', gen.lost and 1 or 0, 'beat', gen.beat, 'resumed', gen.resumed,
-    'opened', gen.opened, 'totals', gen.totals and 1 or 0
+    'opened', gen.opened, 'totals', gen.totals and 1 or 0, 'cut', gen.cut, 'telling_until', gen.telling_until
   )
 end
 return replies

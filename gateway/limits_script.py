@@ -2,9 +2,9 @@
 
     EVALSHA <sha1 of script()> 1 <key(prefix, partition)> *encode(epoch, commands)   ->   decode(what came back)
 
-The script does all commands of one call at the same moment, or, where it fails, none. It knows two more than `Books`:
-`Open`, which every connection begins with, and `Beat`. Every other command must come with the epoch that `Opened` told;
-under another one it is answered with `Stale` and does nothing.
+The script does all commands of one call at the same moment, or, where it fails, none. It knows three more than
+`Books`: `Open`, which every connection begins with, `Beat` and `Lose`. Every other command must come with the epoch
+that `Opened` told; under another one it is answered with `Stale` and does nothing.
 """
 
 from __future__ import annotations
@@ -23,12 +23,14 @@ class Open(msgspec.Struct, frozen=True, array_like=True, tag="open"):
     """Begin to use the store; also a `Beat`.
 
     `run_id` is that of the server. `known_epoch` is the last epoch the caller was told of and `acked_beat_ms` the
-    `now_ms` of the last `Opened` or `Alive` of it; "" and 0: it remembers nothing.
+    `now_ms` of the last `Opened` or `Alive` of it; "" and 0: it remembers nothing. With a `ledger` that tells what was
+    spent a store without data is not taken for that of a new deployment.
     """
 
     run_id: str
     known_epoch: str = ""
     acked_beat_ms: int = 0
+    ledger: bool = False
 
 
 class Beat(msgspec.Struct, frozen=True, array_like=True, tag="beat"):
@@ -39,16 +41,22 @@ class Beat(msgspec.Struct, frozen=True, array_like=True, tag="beat"):
     leaving: bool = False
 
 
+class Lose(msgspec.Struct, frozen=True, array_like=True, tag="lose"):
+    """Say that windows do not hold what they should. Another epoch begins, and a `Seed` is waited for: `Stale`."""
+
+
 class Opened(msgspec.Struct, frozen=True, array_like=True, tag="opened"):
     """The epoch to come with. `lost`: what the caller has written before is not, or not all, in it.
 
-    `seeded`: windows hold what they should; otherwise a `Seed` is waited for.
+    `seeded`: windows hold what they should; otherwise a `Seed` is waited for. Its totals have every bill made before
+    `cut_ms`, which may be told in no other way.
     """
 
     now_ms: int
     epoch: str
     seeded: bool
     lost: bool
+    cut_ms: int = 0
 
 
 class Alive(msgspec.Struct, frozen=True, array_like=True, tag="alive"):
@@ -60,7 +68,7 @@ class Alive(msgspec.Struct, frozen=True, array_like=True, tag="alive"):
     replicas: tuple[str, ...]
 
 
-Command = Operation | Open | Beat
+Command = Operation | Open | Beat | Lose
 Answer = Granted | Refused | Done | Stale | Opened | Alive
 
 _DECODER: msgspec.msgpack.Decoder[Answer] = msgspec.msgpack.Decoder(Answer)

@@ -7,7 +7,7 @@ from collections.abc import Callable, Collection
 import msgspec
 
 from policies.accounts import Entry, Rule, Short, Standing
-from policies.books import Announce, Books, Cancel, Charge, Done, Granted, Look, Refused, Reserve, Settle
+from policies.books import Announce, Books, Cancel, Charge, Done, Granted, Look, Refused, Reserve, Settle, Tell
 
 # What is reserved here is held as long as the process lives, which is as long as anybody knows of it.
 _FOR_EVER_MS = 366 * 86_400_000
@@ -69,9 +69,15 @@ class LocalBooks:
         )
         self._books.apply(Announce(id_, mine, (0,) * len(mine), _FOR_EVER_MS), now_ms)
 
-    def settle(self, id_: str, actual: tuple[int, ...], now_ms: int) -> None:
-        """Give back what is held and count what was used."""
-        self._books.apply(Settle(id_, actual), now_ms)
+    def settle(self, id_: str, actual: tuple[int, ...], now_ms: int, at_ms: int = 0) -> None:
+        """Give back what is held and count what was used, in windows at `at_ms` (0: now)."""
+        self._books.apply(Settle(id_, actual, at_ms=at_ms), now_ms)
+
+    def tell(self, operation: Charge | Tell, now_ms: int) -> bool:
+        """Count what was spent elsewhere, by the rules that hold here; whether it counted."""
+        entries = tuple(_mine(entry, self._share(entry), free=True) for entry in operation.entries)
+        reply = self._books.apply(msgspec.structs.replace(operation, entries=entries), now_ms)
+        return isinstance(reply, Done) and reply.known
 
     def cancel(self, id_: str, now_ms: int) -> None:
         """Undo a reservation."""

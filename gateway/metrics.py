@@ -41,6 +41,34 @@ _QUEUED = _Family("tierway_queue_seconds", "Time waited for a turn, of those tha
 _FIRST_BYTE = _Family("tierway_first_byte_seconds", "Time to the first byte of an answer.", ("route",))
 _DURATION = _Family("tierway_duration_seconds", "Time to the last byte of an answer.", ("route",))
 
+# What others count and `Metrics.include` brings in.
+_COUNTERS = (
+    _Family("tierway_ledger_rows_total", "Rows written to the ledger.", ()),
+    _Family("tierway_ledger_commits_total", "Commits they took.", ()),
+    _Family("tierway_ledger_commit_seconds_total", "Time they took.", ()),
+    _Family("tierway_ledger_failures_total", "Times the ledger could not be written.", ()),
+    _Family("tierway_ledger_dropped_total", "Rows lost for want of room while it could not be written.", ()),
+    _Family("tierway_ledger_lost_total", "Exchanges of dead processes that were billed as lost.", ()),
+    _Family("tierway_alerts_total", "Alerts by type.", ("type",)),
+    _Family("tierway_alert_attempts_total", "Attempts to deliver an alert, by outcome.", ("outcome",)),
+)
+_GAUGES = (
+    _Family("tierway_waiting", "Requests that wait for a turn.", ()),
+    _Family("tierway_limits_apart", "Processes that count limits by themselves, their store being down.", ()),
+    _Family("tierway_open_exchanges", "Exchanges under way.", ()),
+    _Family("tierway_ledger_waiting", "Rows that are not durable yet.", ()),
+    _Family("tierway_ledger_unwritable", "Processes whose ledger cannot be written.", ()),
+    _Family("tierway_ledger_spooled_rows", "Rows that wait in a file for the database.", ()),
+    _Family("tierway_ledger_set_aside_rows", "Rows that the database will never take; they stay in the file.", ()),
+    _Family("tierway_ledger_primary_down", "Processes whose ledger's database does not take rows.", ()),
+    _Family("tierway_alerts_undelivered", "Alerts that nobody has taken yet.", ()),
+    _Family("tierway_budget_used_ratio", "What is used of the fullest account of a budget.", ("limit",)),
+    _Family("tierway_spend_anomaly", "How unlike its past the spending of an hour is, in spreads.", ("of", "name")),
+)
+_PLAIN = frozenset(("tierway_waiting", "tierway_limits_apart", "tierway_open_exchanges"))
+"""Told as 0 where nobody counts them."""
+_HIGHEST = frozenset(("tierway_budget_used_ratio", "tierway_spend_anomaly"))
+"""Of several processes the highest counts, not the sum."""
 
 Source = Callable[[], Mapping[str, Mapping[Labels, float]]]
 
@@ -56,7 +84,8 @@ class Snapshot(msgspec.Struct):
         for name, series in other.counters.items():
             mine = self.counters.setdefault(name, {})
             for labels, value in series.items():
-                mine[labels] = mine.get(labels, 0.0) + value
+                known = mine.get(labels, 0.0)
+                mine[labels] = max(known, value) if name in _HIGHEST else known + value
         for name, buckets in other.histograms.items():
             lists = self.histograms.setdefault(name, {})
             for labels, values in buckets.items():
@@ -138,23 +167,23 @@ def render(snapshot: Snapshot, *, up: Mapping[str, bool | None], version: str, c
         lines += _head(family, "histogram")
         for labels, values in snapshot.histograms.get(family.name, {}).items():
             lines += _buckets(family, labels, values)
-    waiting = snapshot.counters.get("tierway_waiting", {}).get((), 0.0)
-    lines += _head(_Family("tierway_waiting", "Requests that wait for a turn.", ()), "gauge")
-    lines.append(f"tierway_waiting {waiting:g}")
-    apart = snapshot.counters.get("tierway_limits_apart", {}).get((), 0.0)
-    lines += _head(
-        _Family("tierway_limits_apart", "Processes that count limits by themselves, their store being down.", ()),
-        "gauge",
-    )
-    lines.append(f"tierway_limits_apart {apart:g}")
-    open_now = snapshot.counters.get("tierway_open_exchanges", {}).get((), 0.0)
-    lines += _head(_Family("tierway_open_exchanges", "Exchanges under way.", ()), "gauge")
-    lines.append(f"tierway_open_exchanges {open_now:g}")
+    for family in _COUNTERS:
+        lines += _told(family, "counter", snapshot)
+    for family in _GAUGES:
+        lines += _told(family, "gauge", snapshot)
     lines += _head(_Family("tierway_backend_up", "1 where the last probe or call reached the backend.", ()), "gauge")
     lines += [f"tierway_backend_up{_labels(('backend',), (name,))} {int(bool(state))}" for name, state in up.items()]
     lines += _head(_Family("tierway_build_info", "Version and configuration.", ()), "gauge")
     lines.append(f"tierway_build_info{_labels(('version', 'config'), (version, config))} 1")
     return ("\n".join(lines) + "\n").encode()
+
+
+def _told(family: _Family, kind: str, snapshot: Snapshot) -> list[str]:
+    series = snapshot.counters.get(family.name) or ({(): 0.0} if family.name in _PLAIN else {})
+    return [
+        *_head(family, kind),
+        *(f"{family.name}{_labels(family.labels, labels)} {value:.15g}" for labels, value in series.items()),
+    ]
 
 
 def _head(family: _Family, kind: str) -> list[str]:

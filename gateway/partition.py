@@ -23,12 +23,12 @@ import msgspec
 
 from gateway.alone import Alone
 from gateway.batches import MOST_IN_BATCH, Batches, Pending
-from gateway.limiter import Clock, Closed, Item, Numbers, Order, SoFar, entries_of
-from gateway.limits_script import Alive, Answer, Beat, key
+from gateway.limiter import Clock, Closed, Item, Numbers, Order, SoFar, Told, Unseeded, bill_of, entries_of
+from gateway.limits_script import Alive, Answer, Beat, Lose, key
 from gateway.reconcile import NEVER, UNSURE, Backlog, Held, Said
 from gateway.redis_store import RedisStore, Script, ServerChanged, StoreDown, StoreMisused
 from gateway.store_session import Session
-from policies.accounts import Budget, Concurrency, Entry, Rolling, Standing
+from policies.accounts import Concurrency, Entry, Standing, is_window
 from policies.operations import Cancel, Done, Granted, Look, Refused, Renew, Reserve, Seed, Settle
 
 _MOST_BURNT = 10_000
@@ -46,6 +46,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     """`replica` is this process, and no other that there ever was. `expected_replicas` where none was ever seen.
 
     `least_replicas` is how many there are at least, whoever was seen: the workers of one gateway know of each other.
+    With a `ledger` a store that knows nothing is told what was spent (`gateway/reseeding.py`) before it counts.
     """
 
     replica: str
@@ -56,6 +57,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     least_replicas: int = 1
     beat_every_s: float = 1.0
     alive_for_s: float = 5.0
+    ledger: bool = False
 
 
 class Partition:
@@ -75,7 +77,7 @@ class Partition:
     ) -> None:
         self._loop = asyncio.get_running_loop()
         self.name = name
-        self._session = Session(store, script, key(settings.prefix, name))
+        self._session = Session(store, script, key(settings.prefix, name), ledger=settings.ledger)
         self.place = self._session.place
         self.mode: Mode = "down"
         self.seeded = True
@@ -92,6 +94,7 @@ class Partition:
         self._next_beat_s = 0.0
         self._young_until_s = 0.0
         self._ahead_ms = 0
+        self._cut_ms = 0
         self._batches = Batches(
             self._session,
             beat=self._beat,
@@ -118,6 +121,13 @@ class Partition:
         """Whether nothing would be lost with it."""
         return not (self._held or self._batches.busy or self._batches.waiting or self._backlog or self._joining)
 
+    @property
+    def unseeded(self) -> Unseeded | None:
+        """What it waits for, where the store has lost what was spent."""
+        if self.seeded or self.mode != "shared":
+            return None
+        return Unseeded(self.name, self._session.epoch, self._cut_ms)
+
     def _now_ms(self) -> int:
         """Return the time by the clock of the store, as far as that is known."""
         return self._clock.now_ms() + self._ahead_ms
@@ -134,8 +144,8 @@ class Partition:
         pending = Pending(self._reservation(order), order, so_far, self._loop.create_future())
         return await self._ask(pending)  # type: ignore[return-value]
 
-    def settle(self, order: Order, actual: tuple[int, ...]) -> None:
-        """Give back and count."""
+    def settle(self, order: Order, actual: tuple[int, ...], at_ms: int = 0) -> None:
+        """Give back and count, in windows when the bill was made."""
         held = self._held.pop(order.id, None)
         if held is None:
             return
@@ -144,9 +154,10 @@ class Partition:
             if self.seeded:
                 self._alone.note_used(order.items, actual)
             entries = () if held.epoch == self._session.epoch else entries_of(order.items)
-            self._batches.put(Pending(Settle(held.id, actual, entries), order), at_once=_awaited(order))
+            settle = Settle(held.id, actual, entries, at_ms or self._now_ms(), bill_of(order))
+            self._batches.put(Pending(settle, order), at_once=_awaited(order))
             return
-        self._backlog.settle(held, actual, self._now_ms())
+        self._backlog.settle(held, actual, self._now_ms(), at_ms)
         self._freed()
 
     def cancel(self, order: Order) -> None:
@@ -182,6 +193,44 @@ class Partition:
             return False
         self._now_seeded()
         return reply.known
+
+    async def tell(self, operations: Sequence[Told | Seed], *, epoch: str) -> int | None:
+        """Tell what was spent elsewhere, under one epoch (`""`: any); how many counted. None: not all was told."""
+        counted = 0
+        for first in range(0, len(operations), MOST_IN_BATCH):
+            if self.mode != "shared" or epoch not in ("", self._session.epoch):
+                return None
+            batch = operations[first : first + MOST_IN_BATCH]
+            try:
+                answers = await self._session.run(batch, within_s=self._patience_s)
+            except ServerChanged:
+                self._not_done([])
+                return None
+            except (StoreDown, StoreMisused) as fault:
+                self._not_answered([], str(fault))
+                return None
+            counted += sum(isinstance(answer, Done) and answer.known for answer in answers)
+        return counted
+
+    async def lose(self) -> bool:
+        """Have the store begin anew, as if it had lost what was spent, for all replicas; whether it heard that."""
+        if self.mode != "shared":
+            return False
+        try:
+            await self._session.run([Lose()], within_s=self._patience_s)
+        except ServerChanged:
+            self._not_done([])
+            return self._joining is not None and await self._joining
+        except (StoreDown, StoreMisused) as fault:
+            self._not_answered([], str(fault))
+        return False
+
+    async def end_seeding(self, epoch: str) -> bool:
+        """Say that all has been told; whether the store heard it. Budgets are counted together again from here on."""
+        if await self.tell([Seed(())], epoch=epoch) is None:
+            return False
+        self._now_seeded()
+        return True
 
     def tend(self, now_s: float, *, beat: bool) -> None:
         """Renew what is held long, and say that this process lives."""
@@ -359,7 +408,7 @@ class Partition:
             self._backlog.cancel(operation.id)
         elif isinstance(operation, Settle) and order is not None:
             held = Held(operation.id, order, tuple, UNSURE if operation.entries else self._session.epoch, 0.0)
-            self._backlog.settle(held, operation.actual, self._now_ms())
+            self._backlog.settle(held, operation.actual, self._now_ms(), operation.at_ms)
 
     # -- without the store --------------------------------------------------------------------------------------------
 
@@ -397,8 +446,7 @@ class Partition:
         entries = entries_of(order.items)
         if not self.seeded:
             entries = tuple(
-                msgspec.structs.replace(entry, shadow=True) if isinstance(entry.rule, Budget | Rolling) else entry
-                for entry in entries
+                msgspec.structs.replace(entry, shadow=True) if is_window(entry.rule) else entry for entry in entries
             )
         return Reserve(self._id_of(order), entries, self._lease_ms)
 
@@ -457,9 +505,9 @@ class Partition:
         opened = await self._session.open(within_s=self._patience_s)
         if before and opened.epoch != before:
             self._backlog.announce(self._held.values())
-        if not opened.seeded and self.seeded:
+        if not opened.seeded and self.seeded and opened.lost:
             _log.warning("the store has lost what was counted in %s: budgets follow their when_down", self.name)
-        self.seeded = opened.seeded
+        self.seeded, self._cut_ms = opened.seeded, opened.cut_ms
         self._next_beat_s = 0.0
         self._young_until_s = self._loop.time() + 3 * self._settings.beat_every_s
 

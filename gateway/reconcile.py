@@ -2,7 +2,8 @@
 
 * Reservations that are open are announced, whoever granted them.
 * Reservations that the store may know, and that ended meanwhile, are settled or cancelled by their id.
-* What was used by exchanges that the store never heard of is added up for each account and charged once.
+* What was used by exchanges that the store never heard of is added up for each account and charged once. What they
+  spent is told bill by bill: a store that has lost its data is told the same by the ledger, under the same names.
 
 Nothing is forgotten before the store has said that it was done, and everything may be said twice: the store knows each
 of it by an id.
@@ -16,11 +17,12 @@ from typing import TypeVar
 
 import msgspec
 
-from gateway.limiter import Numbers, Order, SoFar, entries_of
-from policies.accounts import Concurrency, Entry
-from policies.books import Announce, Books, Cancel, Charge, Done, Look, Settle
+from gateway.limiter import Numbers, Order, SoFar, bill_of, entries_of
+from policies.accounts import Concurrency, Entry, is_window
+from policies.books import Announce, Books, Cancel, Charge, Done, Look, Settle, Tell
 
 _MOST_SETTLES = 100_000
+_MOST_BILLS = 100_000
 _MOST_ACCOUNTS = 100_000
 _ENTERED_EVERY_MS = 250
 _CHARGED_AT_ONCE = 64
@@ -31,7 +33,7 @@ UNSURE = "?"
 """The epoch of what the store was told and has not confirmed."""
 
 
-Said = Announce | Cancel | Charge | Settle
+Said = Announce | Tell | Cancel | Charge | Settle
 _T = TypeVar("_T")
 
 
@@ -48,6 +50,7 @@ class Held(msgspec.Struct):
 class _Ended(msgspec.Struct, frozen=True):
     held: Held
     actual: tuple[int, ...]
+    at_ms: int
 
 
 class Backlog:
@@ -60,13 +63,15 @@ class Backlog:
         self._cancelled: dict[str, None] = {}
         self._ended: dict[str, _Ended] = {}
         self._charges: dict[str, Charge] = {}
+        self._bills: dict[str, Tell] = {}
         # What is added up, and what is being told: a sum must not grow once part of it was told.
         self._spent = _Spent()
         self._told = _Spent()
         self._number = 0
 
     def __bool__(self) -> bool:
-        return bool(self._announced or self._cancelled or self._ended or self._charges or self._spent or self._told)
+        told = self._announced or self._cancelled or self._ended or self._charges or self._bills
+        return bool(told or self._spent or self._told)
 
     def announce(self, held: Iterable[Held]) -> None:
         """Tell of open reservations."""
@@ -77,17 +82,32 @@ class Backlog:
         self._announced.pop(id_, None)
         self._cancelled[id_] = None
 
-    def settle(self, held: Held, actual: tuple[int, ...], now_ms: int) -> None:
-        """Tell how a reservation has ended. What the store never heard of is only added up."""
+    def settle(self, held: Held, actual: tuple[int, ...], now_ms: int, at_ms: int = 0) -> None:
+        """Tell how a reservation has ended, with a bill made at `at_ms`. What the store never heard of is added up."""
         id_ = held.id
         self._announced.pop(id_, None)
         if held.epoch == NEVER:
-            self._numbers.dropped += self._spent.add(entries_of(held.order.items), actual, now_ms)
+            entries = entries_of(held.order.items)
+            self._numbers.dropped += self._spent.add(entries, actual, now_ms)
+            self._bill(bill_of(held.order), entries, actual, at_ms or now_ms)
             return
-        self._ended[id_] = _Ended(held, actual)
+        self._ended[id_] = _Ended(held, actual, at_ms or now_ms)
         if len(self._ended) > _MOST_SETTLES:
             # Its lease will end it, at what was used when it was renewed last.
             self._ended.pop(next(iter(self._ended)))
+            self._numbers.dropped += 1
+
+    def _bill(self, bill: str, entries: tuple[Entry, ...], actual: tuple[int, ...], at_ms: int) -> None:
+        spent = tuple(
+            Entry(entry.account, entry.rule, entry.taken + amount, 0, shadow=True)
+            for entry, amount in zip(entries, actual, strict=True)
+            if is_window(entry.rule) and entry.taken + amount
+        )
+        if spent:
+            self._bills[bill] = Tell(bill, spent, at_ms)
+        if len(self._bills) > _MOST_BILLS:
+            # It is in the ledger, and counts again when budgets are seeded from there.
+            self._bills.pop(next(iter(self._bills)))
             self._numbers.dropped += 1
 
     def forget(self, id_: str) -> None:
@@ -110,10 +130,12 @@ class Backlog:
                 charge = Charge(f"{self._name}/{self._number}", entries)
                 self._charges[charge.id] = charge
         said.extend(_few(self._charges.values(), most - len(said)))
+        said.extend(_few(self._bills.values(), most - len(said)))
         for ended in _few(self._ended.values(), most - len(said)):
             # One that was lost with the store's data is counted from its entries.
-            entries = () if ended.held.epoch == epoch else entries_of(ended.held.order.items)
-            said.append(Settle(ended.held.id, ended.actual, entries))
+            order = ended.held.order
+            entries = () if ended.held.epoch == epoch else entries_of(order.items)
+            said.append(Settle(ended.held.id, ended.actual, entries, ended.at_ms, bill_of(order)))
         return said
 
     def done(self, said: Iterable[Said], *, epoch: str, now_s: float) -> None:
@@ -128,6 +150,8 @@ class Backlog:
                     self._cancelled.pop(one.id, None)
                 case Charge():
                     self._charges.pop(one.id, None)
+                case Tell():
+                    self._bills.pop(one.id, None)
                 case Settle():
                     self._ended.pop(one.id, None)
 
@@ -135,12 +159,12 @@ class Backlog:
         """Forget what the store will not take, or it would be said for ever."""
         for one in said:
             self._numbers.dropped += 1
-            for kept in (self._announced, self._cancelled, self._charges, self._ended):
+            for kept in (self._announced, self._cancelled, self._charges, self._bills, self._ended):
                 kept.pop(one.id, None)
 
 
 class _Spent:
-    """What was used, as it would stand in the books of the store now: rates drain and windows end here too."""
+    """What was used of rates, as it would stand in the books of the store now: they drain here too."""
 
     def __init__(self) -> None:
         self._books = Books()
@@ -161,7 +185,7 @@ class _Spent:
         self._last_ms = now_ms
         for entry, amount in zip(entries, actual, strict=True):
             used = entry.taken + amount
-            if not used or isinstance(entry.rule, Concurrency):
+            if not used or isinstance(entry.rule, Concurrency) or is_window(entry.rule):
                 continue
             if entry.account not in self._accounts and len(self._accounts) >= _MOST_ACCOUNTS:
                 dropped += 1

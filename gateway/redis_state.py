@@ -34,6 +34,7 @@ def redis_state_of(
             lease_s=state.lease,
             expected_replicas=state.expected_replicas,
             least_replicas=workers,
+            ledger=not isinstance(loaded.config.ledger.store, noun.NoLedger),
         ),
     )
 

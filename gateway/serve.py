@@ -30,9 +30,13 @@ from backends.weights import WeightsUnavailable, local_model_ids, resolve
 from gateway.app import Place, build, model_of
 from gateway.config.load import Loaded, load
 from gateway.config.meaning import DEMO_DIGEST
-from gateway.config.model import Config, LocalBackend
+from gateway.config.model import Config, LocalBackend, NoLedger, PostgresLedger
+from gateway.config.problem import ConfigError
 from gateway.config.secrets import resolve_all
 from gateway.edge import App
+from gateway.ledger.contract import LedgerDown
+from gateway.ledger.opening import open_store
+from gateway.ledger.sqlite import SqliteStore
 from gateway.log import set_up_logging
 from gateway.protocol import HttpProtocol
 
@@ -61,6 +65,7 @@ def serve(loaded: Loaded, *, workers: int, host: str, port: int, say: Say) -> No
     config = loaded.config
     set_up_logging(format=config.telemetry.log.format, level=config.telemetry.log.level)
     resolve_all(loaded)
+    _look_at_ledger(loaded)
     # The port is taken before anything slow, so that a second gateway says so at once.
     listening = [_listen(host, port)] if workers == 1 else _share(host, port, workers)
     admin = config.server.admin
@@ -69,6 +74,25 @@ def serve(loaded: Loaded, *, workers: int, host: str, port: int, say: Say) -> No
     runner = asyncio.Runner(loop_factory=_loop_factory())
     with runner, contextlib.suppress(KeyboardInterrupt):
         runner.run(_serve(loaded, settings, listening, admin_listening, say))
+
+
+def _look_at_ledger(loaded: Loaded) -> None:
+    """Make the ledger's file, or see that it is one. Raises `ConfigError`: nobody should find out by missing bills."""
+    kept_in = loaded.config.ledger.store
+    if isinstance(kept_in, NoLedger):
+        return
+    if isinstance(kept_in, PostgresLedger):
+        folder = loaded.beside(str(Path(kept_in.spool).expanduser())).parent
+        if not os.access(folder, os.W_OK | os.X_OK):
+            message = f"the folder {folder} is not there, or cannot be written to"
+            raise ConfigError((loaded.problem(("ledger", "store", "spool"), message),))
+    try:
+        store = open_store(loaded)
+        if isinstance(store, SqliteStore):
+            store.open()
+            store.close()
+    except LedgerDown as down:
+        raise ConfigError((loaded.problem(("ledger", "store"), str(down)),)) from None
 
 
 def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop]:

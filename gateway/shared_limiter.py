@@ -10,11 +10,11 @@ from __future__ import annotations
 import asyncio
 import logging
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from random import random
 
 from gateway.breaker import Breaker
-from gateway.limiter import Clock, Closed, Item, Numbers, Order, SoFar, State
+from gateway.limiter import Clock, Closed, Item, Numbers, Order, SoFar, State, Told, Unseeded
 from gateway.limits_script import script
 from gateway.partition import Partition, Settings
 from gateway.redis_store import RedisStore, Script
@@ -78,10 +78,10 @@ class SharedLimiter:
     async def reserve(self, order: Order, so_far: SoFar) -> Granted | Refused | Closed:
         return await self._partition(order.partition).reserve(order, so_far)
 
-    def settle(self, order: Order, actual: tuple[int, ...]) -> None:
+    def settle(self, order: Order, actual: tuple[int, ...], at_ms: int = 0) -> None:
         partition = self._partitions.get(order.partition)
         if partition is not None:
-            partition.settle(order, actual)
+            partition.settle(order, actual, at_ms)
 
     def cancel(self, order: Order) -> None:
         partition = self._partitions.get(order.partition)
@@ -93,6 +93,20 @@ class SharedLimiter:
 
     async def seed(self, partition: str, entries: tuple[Entry, ...]) -> bool:
         return await self._partition(partition).seed(entries)
+
+    async def tell(self, partition: str, operations: Sequence[Told], *, epoch: str = "") -> int | None:
+        return await self._partition(partition).tell(operations, epoch=epoch)
+
+    async def lose(self, partition: str) -> bool:
+        """Have the store begin anew, as if it had lost what was spent, for all replicas; whether it heard that."""
+        return await self._partition(partition).lose()
+
+    async def end_seeding(self, partition: str, epoch: str) -> bool:
+        return await self._partition(partition).end_seeding(epoch)
+
+    @property
+    def unseeded(self) -> tuple[Unseeded, ...]:
+        return tuple(one for partition in self._partitions.values() if (one := partition.unseeded) is not None)
 
     def _freed(self) -> None:
         for freed in self._subscribed:

@@ -16,7 +16,7 @@ import msgspec
 from gateway.body import Asked, Body
 from gateway.counting import Count, TokenCounter
 from gateway.errors import Refusal
-from policies.cost import Price, Usage, cost_of
+from policies.cost import Price
 from policies.limits import Need
 from policies.quantiles import RecentQuantile
 from routing.envelope import Reach, bound
@@ -31,8 +31,13 @@ _LARGEST_ANSWER_TOKENS = 10_000_000
 _NEAR = 0.8
 
 
+_FREE = Price(input_nusd=0, cached_input_nusd=0, output_nusd=0)
+"""For those who ask for tokens alone."""
+
 Counts = Mapping[str, Count]
 """What is known of a prompt, by tier."""
+Prices = Mapping[str, Price]
+"""What tokens cost, by tier."""
 
 _UNCOUNTED: Counts = MappingProxyType({})
 
@@ -40,7 +45,6 @@ _UNCOUNTED: Counts = MappingProxyType({})
 class TierSize(msgspec.Struct, frozen=True, kw_only=True):
     """What the configuration says of a tier."""
 
-    price: Price
     context_tokens: int | None = None
     max_output_tokens: int | None = None
 
@@ -68,7 +72,9 @@ class Sizes:
         most = self._tiers[tier].max_output_tokens
         if not strict:
             return most
-        reach = [self._reach(route, rung, asked, None).most_answer_tokens for rung in route.rungs if rung.tier == tier]
+        reach = [
+            self._reach(route, rung, asked, None, _FREE).most_answer_tokens for rung in route.rungs if rung.tier == tier
+        ]
         windows = [self._window(rung) for rung in route.rungs if rung.tier == tier]
         return most if max(reach) == windows[0] else max(reach)
 
@@ -76,22 +82,24 @@ class Sizes:
         """Return how many tokens the prompt most likely has."""
         return self._counter.estimate(model, asked)
 
-    def cost_nusd(self, tier: str, usage: Usage) -> int:
-        """Return what `usage` costs on a tier, in nano-dollars."""
-        return cost_of(self._tiers[tier].price, usage).total_nusd
+    def window(self, tier: str, backend: str) -> int | None:
+        """Return the context window of a backend's model; None where nobody says."""
+        return self._tiers[tier].context_tokens or self._context_tokens(backend)
 
-    def need(self, route: Route, asked: Asked, *, most: bool, counts: Counts = _UNCOUNTED) -> Need:
-        """Return what a request on `route` needs; with `most` also the most it can come to.
+    def need(self, route: Route, asked: Asked, prices: Prices, *, most: bool, counts: Counts = _UNCOUNTED) -> Need:
+        """Return what a request on `route` needs at the `prices` of its tiers; with `most` also the most.
 
         From its bytes, for tiers of which no count is given.
         """
-        reach = [self._reach(route, rung, asked, counts.get(rung.tier), most=most) for rung in route.rungs]
+        reach = [
+            self._reach(route, rung, asked, counts.get(rung.tier), prices[rung.tier], most=most) for rung in route.rungs
+        ]
         return bound(reach, choices=asked.sequences, most=most)
 
-    def need_of_attempt(self, route: Route, tier: str, asked: Asked, counts: Counts = _UNCOUNTED) -> Need:
+    def need_of_attempt(self, route: Route, tier: str, asked: Asked, price: Price, counts: Counts = _UNCOUNTED) -> Need:
         """Return what an attempt on one tier needs, and the most."""
-        rungs = [rung for rung in route.rungs if rung.tier == tier]
-        return bound([self._reach(route, rung, asked, counts.get(tier)) for rung in rungs], choices=asked.sequences)
+        reach = [self._reach(route, rung, asked, counts.get(tier), price) for rung in route.rungs if rung.tier == tier]
+        return bound(reach, choices=asked.sequences)
 
     async def count(self, route: Route, body: Body) -> Counts:
         """Count the prompt for every tier, as well as can be. Raises `Refusal` where it fits none of them."""
@@ -138,7 +146,9 @@ class Sizes:
         """Count no more."""
         await self._counter.close()
 
-    def _reach(self, route: Route, rung: Rung, asked: Asked, count: Count | None, *, most: bool = True) -> Reach:
+    def _reach(
+        self, route: Route, rung: Rung, asked: Asked, count: Count | None, price: Price, *, most: bool = True
+    ) -> Reach:
         tier = self._tiers[rung.tier]
         model = rung.seats[0].model
         bounds = [one for one in (tier.max_output_tokens, self._window(rung)) if one is not None]
@@ -155,7 +165,7 @@ class Sizes:
             most_prompt_tokens = self._counter.bound(model, asked, hard=True) if most else prompt_tokens
         return Reach(
             tier=rung.tier,
-            price=tier.price,
+            price=price,
             least_prompt_tokens=least_tokens,
             prompt_tokens=prompt_tokens,
             most_prompt_tokens=most_prompt_tokens,

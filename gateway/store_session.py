@@ -12,8 +12,9 @@ from policies.operations import Stale
 class Session:
     """Whatever is run here is run by the server and under the epoch that were opened, or not at all."""
 
-    def __init__(self, store: RedisStore, script: Script, key: str) -> None:
+    def __init__(self, store: RedisStore, script: Script, key: str, *, ledger: bool = False) -> None:
         self.epoch = ""
+        self._ledger = ledger
         self.timeout_s = store.timeout_s
         self._store = store
         self._script = script
@@ -29,7 +30,7 @@ class Session:
     async def open(self, *, within_s: float) -> Opened:
         """Find out who answers, and tell it what was known before. Raises StoreDown and StoreMisused."""
         server = await self._store.server_of(self._key, within_s=within_s)
-        arguments = encode(self.epoch, [Open(server, self.epoch, self._heard_ms)])
+        arguments = encode(self.epoch, [Open(server, self.epoch, self._heard_ms, self._ledger)])
         (opened,) = decode(await self._store.run(self._script, self._key, arguments, server=server, within_s=within_s))
         if not isinstance(opened, Opened):
             raise StoreMisused(f"opening was answered with {type(opened).__name__}")

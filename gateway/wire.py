@@ -20,13 +20,16 @@ import msgspec
 
 from backends.backend import Broken
 from backends.sse import DONE, data_of
-from gateway.answer import Choice, Usage, answer_part, read_answer, text_of
+from gateway.answer import Answer, Choice, Usage, answer_part, read_answer, text_of
 from gateway.body import Asked
 from routing.confidence import ChoiceSignals, Signals
 
 
 class TokenUsage(msgspec.Struct, frozen=True, kw_only=True):
-    """Tokens of an attempt. `counted` says that we counted or estimated them, because the server reported none."""
+    """Tokens of an attempt.
+
+    `counted` says that some were counted or estimated here, because the server reported none that can be true.
+    """
 
     prompt_tokens: int = 0
     cached_prompt_tokens: int = 0
@@ -34,6 +37,10 @@ class TokenUsage(msgspec.Struct, frozen=True, kw_only=True):
     reasoning_tokens: int = 0
     counted: bool = False
 
+
+_LARGEST_WINDOW_TOKENS = 10_000_000
+"""Where nobody says how large a window is: no bill of more tokens can be true."""
+_LONGEST_VERSION_CHARS = 128
 
 _read_any = msgspec.json.Decoder(dict[str, Any]).decode
 _write = msgspec.json.Encoder().encode
@@ -56,6 +63,7 @@ class Tap(Protocol):
     signals: Signals
     complete: bool
     done: bool
+    model_version: str | None
 
     def feed(self, chunk: bytes) -> bytes | None:
         """Take one chunk, return what of it is the client's. Raises `Broken` for what is no answer."""
@@ -76,17 +84,28 @@ class Tap(Protocol):
         ...
 
 
-def make_tap(asked: Asked, *, scored: bool, read_tokens: int, prompt_tokens: int | None = None) -> Tap:
+def make_tap(
+    asked: Asked,
+    *,
+    scored: bool,
+    read_tokens: int,
+    prompt_tokens: int | None = None,
+    context_tokens: int | None = None,
+) -> Tap:
     """Return the tap for one attempt.
 
     With `scored` log-probabilities were asked for our sake; of a stream the first `read_tokens` of every choice are
-    read, the rest is only taken out. `prompt_tokens` is what to tell of the prompt where the server reports nothing.
+    read, the rest is only taken out. `prompt_tokens` is what to tell of the prompt where the server reports nothing,
+    `context_tokens` the window of its model: who reports more is not believed.
     """
     if prompt_tokens is None:
         prompt_tokens = asked.prompt_tokens if asked.prompt_tokens is not None else -(-asked.prompt_bytes // 4)
+    # Every choice, and every prompt of a text completion, has a window of its own.
+    sequences = max(asked.sequences, asked.choices, asked.messages if asked.endpoint == "completions" else 1)
+    most_tokens = sequences * (context_tokens or _LARGEST_WINDOW_TOKENS)
     if asked.stream:
-        return StreamTap(asked, prompt_tokens, scored=scored, read_tokens=read_tokens)
-    return WholeTap(asked, prompt_tokens, scored=scored)
+        return StreamTap(asked, prompt_tokens, most_tokens, scored=scored, read_tokens=read_tokens)
+    return WholeTap(asked, prompt_tokens, most_tokens, scored=scored)
 
 
 class _Tap:
@@ -95,9 +114,10 @@ class _Tap:
     `complete` says that every choice has finished, `done` that the server has said so.
     """
 
-    def __init__(self, asked: Asked, prompt_tokens: int, *, scored: bool) -> None:
+    def __init__(self, asked: Asked, prompt_tokens: int, most_tokens: int, *, scored: bool) -> None:
         self._asked = asked
         self._prompt_tokens = prompt_tokens
+        self._most_tokens = most_tokens
         self._strip_scores = scored and asked.logprobs is None
         self._trim_scores = scored and asked.logprobs == 0
         self._reported: Usage | None = None
@@ -111,6 +131,13 @@ class _Tap:
         self.events = 0
         self.complete = False
         self.done = False
+        self.model_version: str | None = None
+
+    def _note_version(self, answer: Answer) -> None:
+        """Note what the server says its model and its own version are."""
+        said = answer.system_fingerprint
+        if self.model_version is None and isinstance(said, str) and said:
+            self.model_version = said[:_LONGEST_VERSION_CHARS]
 
     def _answer_logprobs(self, choice: Choice) -> list[float]:
         """Return the log-probabilities of the answer's own tokens: no reasoning, no echoed prompt."""
@@ -148,21 +175,31 @@ class _Tap:
         if self._unread_bill is not None:
             payload, self._unread_bill = data_of(self._unread_bill), None
             with suppress(Broken):
-                self._reported = read_answer(payload or b"").usage
+                bill = read_answer(payload or b"").usage
+                if bill is not None and self._believable(bill):
+                    self._reported = bill
         reported = self._reported
-        if reported is not None and reported.prompt_tokens >= 0 and (reported.completion_tokens or 0) >= 0:
+        if reported is not None and self._believable(reported):
             prompt, completion = reported.prompt_tokens_details, reported.completion_tokens_details
             # A bill in the middle of a stream is out of date with the next token.
             unbilled_tokens = max(0, self.events - self._reported_at)
             billed_tokens = (reported.completion_tokens or 0) + unbilled_tokens
             # llama.cpp bills one choice of several: what was seen is the least that was made.
             seen_tokens = self._seen_tokens() if self._asked.choices > 1 else 0
+            cached_tokens = max(0, (prompt.cached_tokens or 0) if prompt else 0)
+            reasoning_tokens = max(0, (completion.reasoning_tokens or 0) if completion else 0)
+            completion_tokens = max(billed_tokens, seen_tokens)
             return TokenUsage(
                 prompt_tokens=reported.prompt_tokens,
-                cached_prompt_tokens=max(0, (prompt.cached_tokens or 0) if prompt else 0),
-                completion_tokens=max(billed_tokens, seen_tokens),
-                reasoning_tokens=max(0, (completion.reasoning_tokens or 0) if completion else 0),
-                counted=unbilled_tokens > 0 or seen_tokens > billed_tokens,
+                cached_prompt_tokens=min(cached_tokens, reported.prompt_tokens),
+                completion_tokens=completion_tokens,
+                reasoning_tokens=min(reasoning_tokens, completion_tokens),
+                counted=(
+                    unbilled_tokens > 0
+                    or seen_tokens > billed_tokens
+                    or cached_tokens > reported.prompt_tokens
+                    or reasoning_tokens > completion_tokens
+                ),
             )
         # A token is an event on the wire, near enough; what comes whole has about four bytes a token.
         return TokenUsage(
@@ -170,6 +207,13 @@ class _Tap:
             completion_tokens=max(self.events, self._spoken_tokens),
             counted=True,
         )
+
+    def _believable(self, reported: Usage) -> bool:
+        """Whether a bill can be true: something was read, something was said where it was seen, and both fit."""
+        prompt_tokens, completion_tokens = reported.prompt_tokens, reported.completion_tokens or 0
+        if not 0 < prompt_tokens <= self._most_tokens or not 0 <= completion_tokens <= self._most_tokens:
+            return False
+        return completion_tokens > 0 or not any(one.pieces or one.reasoning_pieces for one in self.signals.values())
 
     def _seen_tokens(self) -> int:
         """How many tokens there are at least. The first and the last event of a choice in a stream carry none."""
@@ -212,8 +256,8 @@ class _Tap:
 class StreamTap(_Tap):
     """For server-sent events."""
 
-    def __init__(self, asked: Asked, prompt_tokens: int, *, scored: bool, read_tokens: int) -> None:
-        super().__init__(asked, prompt_tokens, scored=scored)
+    def __init__(self, asked: Asked, prompt_tokens: int, most_tokens: int, *, scored: bool, read_tokens: int) -> None:
+        super().__init__(asked, prompt_tokens, most_tokens, scored=scored)
         self._read_tokens = read_tokens if scored else 0
         self._unread = True
         # Events of several choices at once may hold one end beside another's middle.
@@ -256,6 +300,7 @@ class StreamTap(_Tap):
         answer = read_answer(payload)
         if answer.error is not None:
             raise Broken("it reports an error in the middle of its answer")
+        self._note_version(answer)
         choices = answer.choices or ()
         if answer.usage is not None:
             self._reported, self._unread_bill = answer.usage, None
@@ -333,6 +378,7 @@ class WholeTap(_Tap):
             raise Broken("it answers 200 with an error in it")
         if not answer.choices:
             raise Broken("its answer has no choices")
+        self._note_version(answer)
         for choice in answer.choices:
             signals = self.signals[choice.index] = ChoiceSignals(finished=True)
             said = choice.message

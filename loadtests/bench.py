@@ -29,6 +29,7 @@ if not __package__:  # run by its path: the folder that holds `loadtests` is not
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from loadtests.processes import DidNotStartError, Process, ask, cpu_s, free_port, wait_until_ready
+from tests.servers.postgres import running_postgres
 from tests.servers.process import ServerMissingError
 from tests.servers.redis import running_redis
 
@@ -49,7 +50,11 @@ routes:
       - {{tier: large}}
 keys:
   - {{name: bench, sha256: "{digest}"}}
+ledger: {ledger}
 {limits}"""
+NO_LEDGER = "{store: {kind: none}}"
+SQLITE = '{{store: {{kind: sqlite, path: "{file}"}}}}'
+POSTGRES = '{{store: {{kind: postgres, dsn: {{from: file, path: "{dsn}"}}, spool: "{file}"}}}}'
 LIMITS = """\
 limits:
   - name: bench
@@ -60,6 +65,7 @@ limits:
     spend: {{usd: 1000000}}
 state: {state}
 """
+LEDGERS = {"sqlite": "SQLite", "postgres": "PostgreSQL"}
 MEMORY = "{kind: memory}"
 REDIS = '{{kind: redis, addresses: ["127.0.0.1:{port}"], password: {{from: file, path: "{file}"}}, timeout: 2s}}'
 AIM_REQUEST_US = 130.0
@@ -143,11 +149,20 @@ class Bench:
         events = ["--events", str(self._tokens), "--interval-ms", str(asked.interval_ms)]
         self._measured = {
             "gateway": (self.gateway_port, self.gateway),
+            "sqlite": self._start_gateway("sqlite", ledger=SQLITE.format(file=folder / "ledger.db")),
+            "postgres": self._start_gateway("postgres", ledger=self._postgres()),
             "memory": self._start_gateway("memory", limits=LIMITS.format(state=MEMORY)),
             "redis": self._start_gateway("redis", limits=LIMITS.format(state=redis)),
             "reference": self._start_reference("reference", "/", events),
             "relay": self._start_reference("relay", "/health", ["--relay-to", str(self.upstream)]),
         }
+
+    def _postgres(self) -> str:
+        """Start a PostgreSQL and return the ledger that is kept there."""
+        server = self._stack.enter_context(running_postgres())
+        dsn = self._folder / "dsn"
+        dsn.write_text(server.url)
+        return POSTGRES.format(dsn=dsn, file=self._folder / "spool.db")
 
     def _start(self, name: str, argv: Sequence[str], cores: Sequence[int], *, talks: bool = False) -> Process:
         return self._stack.enter_context(Process(name, argv, cores, self._folder, talks=talks))
@@ -159,10 +174,14 @@ class Bench:
         port: int = self._start(name, argv, self.other_cores, talks=True).line(20)["port"]
         return port
 
-    def _start_gateway(self, name: str, *, limits: str = "", profiled: bool = False) -> tuple[int, Process]:
+    def _start_gateway(
+        self, name: str, *, limits: str = "", ledger: str = NO_LEDGER, profiled: bool = False
+    ) -> tuple[int, Process]:
         config = self._folder / f"{name}.yaml"
         digest = hashlib.sha256(KEY.encode()).hexdigest()
-        config.write_text(CONFIG.format(upstream=self.upstream, bulk=self.bulk, digest=digest, limits=limits))
+        config.write_text(
+            CONFIG.format(upstream=self.upstream, bulk=self.bulk, digest=digest, limits=limits, ledger=ledger)
+        )
         port = free_port()
         argv = ["-m", "gateway.cli", "serve", "--config", str(config), "--port", str(port)]
         if self.profile_file is not None and profiled:
@@ -290,7 +309,14 @@ def phases(asked: argparse.Namespace) -> list[Phase]:
             found.append(Phase(f"{name} unpaced", target, model, requests=asked.streams, concurrency=8, stream=True))
     # Beside the same without limits, so that a noisy moment touches all three.
     at = next(number for number, phase in enumerate(found) if phase.name == "small whole") + 1
-    found[at:at] = [Phase(f"{state} limits whole", state, "small", **whole) for state in ("memory", "redis")]
+    found[at:at] = [
+        *(Phase(f"{state} limits whole", state, "small", **whole) for state in ("memory", "redis")),
+        *(Phase(f"{store} ledger whole", store, "small", **whole) for store in LEDGERS),
+        *(
+            Phase(f"{store} ledger alone", store, "small", requests=asked.requests // 4, concurrency=1)
+            for store in ("gateway", *LEDGERS)
+        ),
+    ]
     return found
 
 
@@ -342,6 +368,19 @@ def rows_of(samples: dict[str, list[Sample]]) -> list[Row]:
             Row("  above the same without limits", "us", above(limited, free)),
         ]
     costs.append(Row("  CPU of Redis itself", "us", each("redis limits whole", "store_cpu_us")))
+    alone = {field: each("gateway ledger alone", field) for field in ("first_byte_p50_ms", "first_byte_p99_ms")}
+    busy = {field: each("small whole", field) for field in alone}
+    for store, where in LEDGERS.items():
+        kept = each(f"{store} ledger whole", "cpu_us")
+        costs += [
+            Row(f"whole request, plain tier, ledger in {where}", "us", kept),
+            Row("  above the same without a ledger", "us", above(kept, free)),
+        ]
+        for which, without, many in (("alone", alone, "one at a time"), ("whole", busy, "16 at a time")):
+            for field, name in (("first_byte_p50_ms", "p50"), ("first_byte_p99_ms", "p99")):
+                added = above(each(f"{store} ledger {which}", field), without[field])
+                speeds.append(Row(f"wait for the ledger in {where}, {many}, {name}", "ms", added))
+        speeds.append(Row(f"whole requests, ledger in {where}", "1/s", each(f"{store} ledger whole", "requests_per_s")))
     references = [
         Row("reference: whole request, bare uvicorn", "us", each("reference whole", "cpu_us")),
         Row("reference: whole request, bytes relayed unread", "us", relayed_request),

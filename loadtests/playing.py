@@ -39,6 +39,10 @@ class Counts(msgspec.Struct):
     refused: int = 0
     """Answered with an error: bad request, unknown model, or a script's status."""
     tokens: int = 0
+    prompt_tokens: int = 0
+    """Of answers that began, as usage reports them, without cached ones."""
+    completion_tokens: int = 0
+    """As usage reports them: with the end token, and of answers that were aborted only those that were sent."""
     events: int = 0
 
 
@@ -103,6 +107,7 @@ class Playing:
         self._timer: asyncio.Handle | None = None
         self._at = 0  # the next event
         self._token = 0  # the last token that was waited for
+        self._wrote = 0
         self._due = 0.0
         self._paused = False
 
@@ -146,10 +151,17 @@ class Playing:
         body = prefix + self._id + self._answer.whole
         top = head(200, "application/json", len(body), self._script.headers, close=self._close)
         self._connection.counts.tokens += self._answer.tokens
+        self._count_prompt()
+        self._connection.counts.completion_tokens += self._answer.tokens
         self._connection.write(top + body)
         self._connection.answered()
 
+    def _count_prompt(self) -> None:
+        script = self._script
+        self._connection.counts.prompt_tokens += max(0, script.prompt_tokens - script.cached_tokens)
+
     def _start_stream(self) -> None:
+        self._count_prompt()
         kind = "text/event-stream; charset=utf-8"
         self._connection.write(head(200, kind, None, self._script.headers, close=self._close))
         self._id = (b'data: {"id":"chatcmpl-' if self._order.kind == "chat" else b'data: {"id":"cmpl-') + self._id
@@ -182,10 +194,13 @@ class Playing:
             self._at += 1
             counts.events += 1
             counts.tokens += token > 0
+            counts.completion_tokens += token > 0
+            self._wrote += token > 0
             written.append(b"%x\r\n%b%b\r\n" % (len(self._id) + len(rest), self._id, rest))
         if len(written) < script.burst:
             written.append(b"e\r\ndata: [DONE]\n\n\r\n0\r\n\r\n")
             counts.events += 1
+            counts.completion_tokens += max(0, self._answer.tokens - self._wrote)
             self._connection.write(b"".join(written))
             self._connection.answered()
             return

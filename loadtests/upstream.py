@@ -114,16 +114,23 @@ class Upstream:
 
     def metrics(self) -> bytes:
         """Render the few of vLLM's metrics that say how busy it is."""
+        counts = self.counts
         values = {
-            "num_requests_running": ("gauge", self.counts.open),
+            "num_requests_running": ("gauge", counts.open),
             "num_requests_waiting": ("gauge", 0),
             "kv_cache_usage_perc": ("gauge", 0),
-            "generation_tokens_total": ("counter", self.counts.tokens),
+            "prompt_tokens_total": ("counter", counts.prompt_tokens),
+            "generation_tokens_total": ("counter", counts.completion_tokens),
         }
-        lines = []
+        lines = [
+            "# HELP process_start_time_seconds Scripted.",
+            "# TYPE process_start_time_seconds gauge",
+            f"process_start_time_seconds {float(self.started_s)}",
+        ]
         for name, (kind, value) in values.items():
             lines += [f"# HELP vllm:{name} Scripted.", f"# TYPE vllm:{name} {kind}"]
-            lines += [f'vllm:{name}{{engine="0",model_name="{model}"}} {float(value)}' for model in self.models]
+            # Counted for all models together: one of them stands for the others, so that the sum is right.
+            lines.append(f'vllm:{name}{{engine="0",model_name="{self.models[0]}"}} {float(value)}')
         return ("\n".join(lines) + "\n").encode()
 
     def model_list(self) -> bytes:

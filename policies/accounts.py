@@ -168,20 +168,40 @@ def room(account: Account, rule: Rule, asked: int, now_ms: int, index: int) -> S
     return Short(index, why, -1 if end_ms is None else end_ms - now_ms)
 
 
-def take(account: Account, rule: Rule, units: int, now_ms: int) -> Account:
-    """Count `units` as used now."""
+def is_window(rule: Rule) -> bool:
+    """Whether it is a sum over a window of time, and so one that bills add up to."""
+    return isinstance(rule, Budget | Rolling)
+
+
+def take(account: Account, rule: Rule, units: int, now_ms: int, at_ms: int | None = None) -> Account:
+    """Count `units` as used now, or in a window as used at `at_ms`: nowhere, where that is no longer in it."""
     if units <= 0 or isinstance(rule, Concurrency):
         return account
     if isinstance(rule, Rolling):
-        slots = _live(account, rule, now_ms)
-        slot = max(now_ms // rule.slot_ms, slots[-1][0] if slots else 0)
-        if slots and slots[-1][0] == slot:
-            units += slots.pop()[1]
-        slots.append((slot, min(LARGEST_SUM, units)))
-        return Account(account.reserved, slots=tuple(slots), rule=rule)
+        return _take_rolling(account, rule, units, now_ms, at_ms)
     used, at = _used(account, rule, now_ms)
+    if at_ms is not None and isinstance(rule, Budget) and at_ms < at:
+        return account
     grain = rule.period_ticks if isinstance(rule, Rate) else 1
     return Account(account.reserved, min(LARGEST_SUM, used + units * grain), at, rule=rule)
+
+
+def _take_rolling(account: Account, rule: Rolling, units: int, now_ms: int, at_ms: int | None) -> Account:
+    slots = _live(account, rule, now_ms)
+    if at_ms is None:
+        slot = max(now_ms // rule.slot_ms, slots[-1][0] if slots else 0)
+    else:
+        slot = min(at_ms, now_ms) // rule.slot_ms
+        if slot < now_ms // rule.slot_ms - SLOTS:
+            return account
+    place = len(slots)
+    while place and slots[place - 1][0] > slot:
+        place -= 1
+    if place and slots[place - 1][0] == slot:
+        place -= 1
+        units += slots.pop(place)[1]
+    slots.insert(place, (slot, min(LARGEST_SUM, units)))
+    return Account(account.reserved, slots=tuple(slots), rule=rule)
 
 
 def correct(account: Account, rule: Rule, units: int, since_ms: int, now_ms: int) -> Account:

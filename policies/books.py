@@ -5,7 +5,8 @@ answers every operation as it does, which a property test proves with random seq
 
 * A reservation is all or nothing: one that does not fit changes no account.
 * What is reserved in an account is the sum of what its open reservations still hold, always.
-* Used amounts are counted when they are known: `taken` at once, the rest when it is renewed or settled.
+* Used amounts are counted when they are known: `taken` at once, the rest when it is renewed or settled; in windows only
+  when a reservation ends, all of it at one time, so that windows add up to bills.
 * Every operation is idempotent on the id of its reservation, whatever arrives twice, late or in the wrong order.
 * Nothing is kept for ever but what is used for ever: the past is swept up, a little with every operation.
 """
@@ -22,16 +23,15 @@ import msgspec
 from policies.accounts import (
     EMPTY,
     Account,
-    Budget,
     Concurrency,
     Entry,
-    Rolling,
     Rule,
     Short,
     Standing,
     correct,
     hold,
     idle_at_ms,
+    is_window,
     room,
     standing,
     take,
@@ -51,6 +51,7 @@ from policies.operations import (
     Seed,
     Settle,
     Stale,
+    Tell,
 )
 
 __all__ = [
@@ -69,6 +70,7 @@ __all__ = [
     "Seed",
     "Settle",
     "Stale",
+    "Tell",
 ]
 
 # How long an id is remembered, by what became of its reservation. `gateway/limits.lua` has the same numbers.
@@ -76,6 +78,9 @@ _SETTLED_MS = 2 * 60_000
 _CANCELLED_MS = 10 * 60_000
 _EXPIRED_MS = 60 * 60_000
 _COUNTED_MS = 24 * 60 * 60_000
+
+_TELLING_MS = 10 * 60_000
+"""For so long after the totals of a loss every bill is remembered, so that the ledger may tell them all again."""
 
 _MOST_AT_ONCE = 100
 """Leases, ids and accounts that one operation sweeps up at most."""
@@ -94,8 +99,9 @@ _LOOK_AGAIN_MS = 10 * 60_000
 class _Record(msgspec.Struct, frozen=True, gc=False):
     """What is known of one id. `counted` is what was counted of each entry beside `taken`, the last time `since_ms`.
 
-    `until_ms` is the end of the lease where it is open, else of its memory. What is `settled` or `cancelled` has no
-    entries any more.
+    Windows count it only once it has `expired`; until then they know it. `until_ms` is the end of the lease where it is
+    open, else of its memory. What is `settled` or `cancelled` has no entries any more. `mark` is that of the books when
+    windows last counted it. Of one that is `billed` they count and hold nothing.
     """
 
     state: Literal["open", "expired", "settled", "cancelled"]
@@ -103,6 +109,8 @@ class _Record(msgspec.Struct, frozen=True, gc=False):
     entries: tuple[Entry, ...] = ()
     counted: tuple[int, ...] = ()
     since_ms: int = 0
+    mark: int = 0
+    billed: bool = False
 
     @property
     def unsettled(self) -> bool:
@@ -118,6 +126,10 @@ class Books:
 
     def __init__(self, *, seeded: bool = True) -> None:
         self.seeded = seeded
+        self._lost = not seeded
+        self._cut_ms = 0
+        self._telling_until_ms = 0
+        self._mark = 0
         self._accounts: dict[str, Account] = {}
         self._records: dict[str, _Record] = {}
         # Each lists times and names, the earliest first; those that no longer hold are skipped when their time comes.
@@ -157,17 +169,23 @@ class Books:
                 return self._announce(operation, now_ms)
             case Charge():
                 return self._charge(operation, now_ms)
+            case Tell():
+                return self._tell(operation, now_ms)
             case Look():
                 return Done(now_ms, known=True, standings=self._standings(operation.entries, now_ms))
             case Seed():
                 return self._seed(operation, now_ms)
         assert_never(operation)
 
-    def lose(self) -> None:
-        """Begin anew after a loss: whatever windows held no longer counts, and the next `Seed` does."""
-        self.seeded = False
+    def lose(self, cut_ms: int = 0) -> None:
+        """Begin anew after a loss: whatever windows held no longer counts, and the next `Seed` does.
+
+        Its totals have every bill made before `cut_ms`.
+        """
+        self.seeded, self._lost, self._cut_ms = False, True, cut_ms
+        self._mark += 1
         for name, account in tuple(self._accounts.items()):
-            if isinstance(account.rule, Budget | Rolling):
+            if account.rule is not None and is_window(account.rule):
                 self._put(name, Account(account.reserved), 0)
 
     # -- operations ---------------------------------------------------------------------------------------------------
@@ -188,15 +206,45 @@ class Books:
         record = self._find(operation.id, now_ms)
         if record is not None and record.unsettled:
             self._release(record, now_ms)
-            self._count(record, _padded(operation.actual, record.entries), now_ms)
+            self._uncount(record, now_ms)
+            actual = _padded(operation.actual, record.entries)
+            self._count(record, actual, now_ms)
+            if not record.billed:
+                self._count_windows(operation, record.entries, actual, now_ms, doubtful=self._telling(now_ms))
             self._remember(operation.id, "settled", _SETTLED_MS, now_ms)
             return Done(now_ms, known=True)
-        if operation.entries and (record is None or record.state == "cancelled"):
-            self._take(operation.entries, now_ms)
-            lost = _Record("open", 0, operation.entries, (0,) * len(operation.entries))
-            self._count(lost, _padded(operation.actual, operation.entries), now_ms)
-            self._remember(operation.id, "settled", _COUNTED_MS, now_ms)
+        entries = operation.entries
+        if not entries or (record is not None and record.state == "settled" and record.mark == self._mark):
+            return Done(now_ms, known=False)
+        if record is None or record.state != "settled":
+            rest = tuple(entry for entry in entries if not is_window(entry.rule))
+            self._take(rest, now_ms)
+            amounts = zip(entries, _padded(operation.actual, entries), strict=True)
+            unknown = _Record("open", 0, rest, (0,) * len(rest))
+            self._count(unknown, [amount for entry, amount in amounts if not is_window(entry.rule)], now_ms)
+        # One that was settled before the loss is still there in its rates.
+        spent = [
+            entry.taken + amount for entry, amount in zip(entries, _padded(operation.actual, entries), strict=True)
+        ]
+        self._count_windows(operation, entries, spent, now_ms, doubtful=True)
+        self._remember(operation.id, "settled", _COUNTED_MS, now_ms)
         return Done(now_ms, known=False)
+
+    def _count_windows(
+        self, operation: Settle, entries: Sequence[Entry], amounts: Sequence[int], now_ms: int, *, doubtful: bool
+    ) -> None:
+        """Count what an exchange came to, unless that was told; `doubtful`: it may have been, or will be, by its name.
+
+        Where it is not doubtful a reservation that is known knows itself that its bill was told.
+        """
+        doubtful = doubtful and operation.bill != ""
+        if 0 < operation.at_ms < self._cut_ms or (doubtful and self._known_bill(operation.bill, now_ms)):
+            return
+        for entry, amount in zip(entries, amounts, strict=True):
+            if is_window(entry.rule):
+                self._take_one(entry, amount, now_ms, operation.at_ms or None)
+        if doubtful:
+            self._remember(operation.bill, "settled", _COUNTED_MS, now_ms)
 
     def _renew(self, id_: str, so_far: Sequence[int], lease_ms: int, now_ms: int) -> bool:
         record = self._find(id_, now_ms)
@@ -204,9 +252,13 @@ class Books:
             return False
         counted = tuple(map(max, record.counted, _padded(so_far, record.entries)))
         self._release(record, now_ms)
+        self._uncount(record, now_ms)
         self._count(record, counted, now_ms)
         since_ms = now_ms if counted != record.counted else record.since_ms
-        self._hold(id_, _Record("open", now_ms + max(1, lease_ms), record.entries, counted, since_ms), now_ms)
+        renewed = msgspec.structs.replace(
+            record, state="open", until_ms=now_ms + max(1, lease_ms), counted=counted, since_ms=since_ms
+        )
+        self._hold(id_, renewed, now_ms)
         return True
 
     def _cancel(self, operation: Cancel, now_ms: int) -> Reply:
@@ -214,10 +266,12 @@ class Books:
         known = record is not None and record.unsettled
         if record is not None and record.unsettled:
             self._release(record, now_ms)
+            self._uncount(record, now_ms)
             for entry, counted in zip(record.entries, record.counted, strict=True):
-                account = self._accounts.get(entry.account, EMPTY)
-                account = correct(account, entry.rule, entry.taken + counted, record.since_ms, now_ms)
-                self._put(entry.account, account, now_ms)
+                if not is_window(entry.rule):
+                    self._correct(entry, entry.taken + counted, record.since_ms, now_ms)
+                elif record.mark == self._mark:
+                    self._correct(entry, entry.taken, record.since_ms, now_ms)
         if record is None or record.unsettled:
             self._remember(operation.id, "cancelled", _CANCELLED_MS, now_ms)
         return Done(now_ms, known)
@@ -233,15 +287,49 @@ class Books:
     def _charge(self, operation: Charge, now_ms: int) -> Reply:
         if self._find(operation.id, now_ms) is not None:
             return Done(now_ms, known=False)
-        self._take(operation.entries, now_ms)
+        self._take(operation.entries, now_ms, operation.times_ms)
         self._remember(operation.id, "settled", _COUNTED_MS, now_ms)
         return Done(now_ms, known=True)
+
+    def _tell(self, operation: Tell, now_ms: int) -> Reply:
+        if operation.at_ms < self._cut_ms or self._known_bill(operation.id, now_ms):
+            return Done(now_ms, known=False)
+        found = False
+        for id_ in operation.of:
+            record = self._find(id_, now_ms)
+            if record is not None and record.unsettled:
+                found = found or not record.billed
+                self._release(record, now_ms)
+                self._uncount(record, now_ms)
+                billed = msgspec.structs.replace(record, billed=True)
+                self._records[id_] = billed
+                if billed.state == "open":
+                    self._move(billed, 1, now_ms)
+            elif record is not None and record.state == "settled" and record.mark == self._mark:
+                return Done(now_ms, known=False)
+        if not found and not operation.missing:
+            return Done(now_ms, known=False)
+        for number, entry in enumerate(operation.entries):
+            if is_window(entry.rule):
+                at_ms = operation.times_ms[number] if number < len(operation.times_ms) else operation.at_ms
+                self._take_one(entry, entry.taken, now_ms, at_ms)
+                self._correct(entry, -entry.taken, at_ms, now_ms)
+        self._remember(operation.id, "settled", _COUNTED_MS, now_ms)
+        return Done(now_ms, known=True)
+
+    def _known_bill(self, id_: str, now_ms: int) -> bool:
+        record = self._find(id_, now_ms)
+        return record is not None and record.mark == self._mark
+
+    def _telling(self, now_ms: int) -> bool:
+        """Whether the ledger may yet tell bills that were told by others."""
+        return self._lost and (not self.seeded or now_ms < self._telling_until_ms)
 
     def _seed(self, operation: Seed, now_ms: int) -> Reply:
         if self.seeded:
             return Done(now_ms, known=False)
-        self.seeded = True
-        self._take([entry for entry in operation.entries if isinstance(entry.rule, Budget | Rolling)], now_ms)
+        self.seeded, self._telling_until_ms = True, now_ms + _TELLING_MS
+        self._take([entry for entry in operation.entries if is_window(entry.rule)], now_ms)
         return Done(now_ms, known=True)
 
     # -- accounts -----------------------------------------------------------------------------------------------------
@@ -261,22 +349,33 @@ class Books:
         accounts = self._accounts
         return tuple([standing(accounts.get(entry.account, EMPTY), entry.rule, now_ms) for entry in entries])
 
-    def _take(self, entries: Sequence[Entry], now_ms: int) -> None:
-        for entry in entries:
-            if entry.taken:
-                account = self._accounts.get(entry.account, EMPTY)
-                self._put(entry.account, take(account, entry.rule, entry.taken, now_ms), now_ms)
+    def _take(self, entries: Sequence[Entry], now_ms: int, times_ms: Sequence[int] = ()) -> None:
+        for number, entry in enumerate(entries):
+            self._take_one(entry, entry.taken, now_ms, times_ms[number] if number < len(times_ms) else None)
+
+    def _take_one(self, entry: Entry, units: int, now_ms: int, at_ms: int | None = None) -> None:
+        if units > 0:
+            account = self._accounts.get(entry.account, EMPTY)
+            self._put(entry.account, take(account, entry.rule, units, now_ms, at_ms), now_ms)
+
+    def _correct(self, entry: Entry, units: int, since_ms: int, now_ms: int) -> None:
+        if units > 0:
+            account = self._accounts.get(entry.account, EMPTY)
+            self._put(entry.account, correct(account, entry.rule, units, since_ms, now_ms), now_ms)
 
     def _count(self, record: _Record, amounts: Sequence[int], now_ms: int) -> None:
-        """Count the difference between `amounts` and what was counted of each entry before."""
+        """Count the difference between `amounts` and what was counted of each entry before, but for windows."""
         for entry, before, amount in zip(record.entries, record.counted, amounts, strict=True):
-            if amount != before:
-                account = self._accounts.get(entry.account, EMPTY)
-                if amount > before:
-                    account = take(account, entry.rule, amount - before, now_ms)
-                else:
-                    account = correct(account, entry.rule, before - amount, record.since_ms, now_ms)
-                self._put(entry.account, account, now_ms)
+            if not is_window(entry.rule):
+                self._take_one(entry, amount - before, now_ms)
+                self._correct(entry, before - amount, record.since_ms, now_ms)
+
+    def _uncount(self, record: _Record, now_ms: int) -> None:
+        """Take back what windows counted when the lease ran out."""
+        if record.state == "expired" and record.mark == self._mark and not record.billed:
+            for entry, counted in zip(record.entries, record.counted, strict=True):
+                if is_window(entry.rule):
+                    self._correct(entry, counted, record.until_ms - _EXPIRED_MS, now_ms)
 
     def _put(self, name: str, account: Account, now_ms: int) -> None:
         if account.empty:
@@ -306,7 +405,7 @@ class Books:
         self._take(entries, now_ms)
         if any(so_far):
             self._count(_Record("open", 0, entries, (0,) * len(entries)), so_far, now_ms)
-        self._hold(id_, _Record("open", now_ms + max(1, lease_ms), entries, so_far, now_ms), now_ms)
+        self._hold(id_, _Record("open", now_ms + max(1, lease_ms), entries, so_far, now_ms, self._mark), now_ms)
 
     def _hold(self, id_: str, record: _Record, now_ms: int) -> None:
         self._records[id_] = record
@@ -332,12 +431,12 @@ class Books:
     def _move(self, record: _Record, sign: int, now_ms: int) -> None:
         for entry, counted in zip(record.entries, record.counted, strict=True):
             units = _remaining(entry.rule, entry.held, counted)
-            if units:
+            if units and not (record.billed and is_window(entry.rule)):
                 account = hold(self._accounts.get(entry.account, EMPTY), sign * units)
                 self._put(entry.account, account, now_ms)
 
     def _remember(self, id_: str, state: Literal["settled", "cancelled"], for_ms: int, now_ms: int) -> None:
-        self._records[id_] = _Record(state, now_ms + for_ms)
+        self._records[id_] = _Record(state, now_ms + for_ms, mark=self._mark)
         self._note_end(id_, for_ms, now_ms)
 
     def _note_end(self, id_: str, for_ms: int, now_ms: int) -> None:
@@ -358,7 +457,13 @@ class Books:
             left -= 1
             record = self._records[id_]
             self._release(record, now_ms)
-            self._records[id_] = msgspec.structs.replace(record, state="expired", until_ms=now_ms + _EXPIRED_MS)
+            if not record.billed:
+                for entry, counted in zip(record.entries, record.counted, strict=True):
+                    if is_window(entry.rule):
+                        self._take_one(entry, counted, now_ms, now_ms)
+            self._records[id_] = msgspec.structs.replace(
+                record, state="expired", until_ms=now_ms + _EXPIRED_MS, mark=self._mark
+            )
             self._note_end(id_, _EXPIRED_MS, now_ms)
 
     def _forget(self, now_ms: int) -> None:
@@ -401,4 +506,6 @@ def _padded(amounts: Sequence[int], entries: Sequence[Entry]) -> tuple[int, ...]
 
 def _remaining(rule: Rule, held: int, counted: int) -> int:
     """Return what of `held` is still reserved when `counted` of it has been used."""
-    return held if not counted or isinstance(rule, Concurrency) else max(0, held - counted)
+    if not counted or isinstance(rule, Concurrency):
+        return held
+    return max(held, counted) if is_window(rule) else max(0, held - counted)

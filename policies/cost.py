@@ -6,6 +6,7 @@ token. Each part of a cost is rounded once, half to even; after that money only 
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Protocol
 
 import msgspec
@@ -15,7 +16,11 @@ _NUSD_PER_USD = 1_000_000_000
 
 
 class Usage(Protocol):
-    """Anything that can be billed. `prompt_tokens` includes `cached_prompt_tokens`."""
+    """Anything that can be billed. `prompt_tokens` includes `cached_prompt_tokens`.
+
+    No count is negative: what a server reports is looked at where it is read, and where it cannot be true tokens are
+    counted in its place.
+    """
 
     @property
     def prompt_tokens(self) -> int: ...
@@ -26,11 +31,17 @@ class Usage(Protocol):
 
 
 class Price(msgspec.Struct, frozen=True, kw_only=True):
-    """Nano-dollars per million tokens."""
+    """Nano-dollars per million tokens. `version` names this very price in the ledger.
+
+    With `gpu` they are provisional: a server that costs by the hour, over the work it has lately done
+    (`policies/gpu.py`), and what they come to is time of that server.
+    """
 
     input_nusd: int
     cached_input_nusd: int
     output_nusd: int
+    version: str = ""
+    gpu: bool = False
 
 
 class Cost(msgspec.Struct, frozen=True, kw_only=True):
@@ -39,21 +50,23 @@ class Cost(msgspec.Struct, frozen=True, kw_only=True):
     input_nusd: int = 0
     cached_input_nusd: int = 0
     output_nusd: int = 0
+    gpu_nusd: int = 0
 
     @property
     def total_nusd(self) -> int:
         """The sum of the parts."""
-        return self.input_nusd + self.cached_input_nusd + self.output_nusd
+        return self.input_nusd + self.cached_input_nusd + self.output_nusd + self.gpu_nusd
 
 
 def cost_of(price: Price, usage: Usage) -> Cost:
     """Bill `usage` at `price`. More cached than prompt tokens is a server's slip: all of the prompt was cached then."""
     cached_tokens = min(usage.cached_prompt_tokens, usage.prompt_tokens)
-    return Cost(
-        input_nusd=_part(usage.prompt_tokens - cached_tokens, price.input_nusd),
-        cached_input_nusd=_part(cached_tokens, price.cached_input_nusd),
-        output_nusd=_part(usage.completion_tokens, price.output_nusd),
-    )
+    input_nusd = _part(usage.prompt_tokens - cached_tokens, price.input_nusd)
+    cached_input_nusd = _part(cached_tokens, price.cached_input_nusd)
+    output_nusd = _part(usage.completion_tokens, price.output_nusd)
+    if price.gpu:
+        return Cost(gpu_nusd=input_nusd + cached_input_nusd + output_nusd)
+    return Cost(input_nusd=input_nusd, cached_input_nusd=cached_input_nusd, output_nusd=output_nusd)
 
 
 def most_nusd(price: Price, prompt_tokens: int, completion_tokens: int) -> int:
@@ -63,10 +76,26 @@ def most_nusd(price: Price, prompt_tokens: int, completion_tokens: int) -> int:
     return _part(prompt_tokens, dearest_nusd) + _part(completion_tokens, price.output_nusd) + 1
 
 
-def _part(tokens: int, nusd_per_million: int) -> int:
-    whole, rest = divmod(tokens * nusd_per_million, _MILLION)
+def sum_of(costs: Iterable[Cost]) -> Cost:
+    """Add costs up, part by part. Exact: every part was rounded before."""
+    costs = tuple(costs)
+    return Cost(
+        input_nusd=sum(one.input_nusd for one in costs),
+        cached_input_nusd=sum(one.cached_input_nusd for one in costs),
+        output_nusd=sum(one.output_nusd for one in costs),
+        gpu_nusd=sum(one.gpu_nusd for one in costs),
+    )
+
+
+def divided(amount: int, by: int) -> int:
+    """Divide by a positive number and round once, half to even: `amount / by` as the nearest integer."""
+    whole, rest = divmod(amount, by)
     twice = 2 * rest
-    return whole + (twice > _MILLION or (twice == _MILLION and whole % 2 == 1))
+    return whole + (twice > by or (twice == by and whole % 2 == 1))
+
+
+def _part(tokens: int, nusd_per_million: int) -> int:
+    return divided(tokens * nusd_per_million, _MILLION)
 
 
 def usd(nusd: int) -> str:

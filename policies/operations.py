@@ -32,18 +32,23 @@ class Settle(msgspec.Struct, frozen=True, array_like=True, tag="settle"):
     for an hour after that; one that is not known is left alone: it was settled before. With `entries`, one that is not
     known, or was cancelled, is counted (it was lost with the store's data), once: the id is remembered for a day, that
     of any other settled reservation for two minutes. More than was held is counted like everything else.
+
+    Windows count it at `at_ms`, when its bill was made (0: now), and count the bill named `bill` once, whoever tells
+    it: see `Tell`.
     """
 
     id: str
     actual: tuple[int, ...]
     entries: tuple[Entry, ...] = ()
+    at_ms: int = 0
+    bill: str = ""
 
 
 class Renew(msgspec.Struct, frozen=True, array_like=True, tag="renew"):
     """Extend the lease and count what was used so far: it moves from reserved to used (not of `Concurrency`).
 
-    A reservation that had expired within the last hour is open again. `so_far` never falls; a smaller one counts as the
-    last.
+    Windows count it when the reservation ends, all at one time as a bill does; until then it is reserved. One that had
+    expired within the last hour is open again. `so_far` never falls; a smaller one counts as the last.
     """
 
     id: str
@@ -76,11 +81,30 @@ class Announce(msgspec.Struct, frozen=True, array_like=True, tag="announce"):
 class Charge(msgspec.Struct, frozen=True, array_like=True, tag="charge"):
     """Count `taken` amounts that were used elsewhere, whatever the limits say, once: the id is remembered for a day.
 
-    An id that a reservation has or had counts nothing.
+    An id that a reservation has or had counts nothing. Windows count each at its time in `times_ms` (left out: now).
     """
 
     id: str
     entries: tuple[Entry, ...]
+    times_ms: tuple[int, ...] = ()
+
+
+class Tell(msgspec.Struct, frozen=True, array_like=True, tag="tell"):
+    """Count what an exchange came to (`taken` of windows) once, whoever tells it: its replica, or the ledger.
+
+    It counts at `at_ms`, when it was made, or each amount at its time in `times_ms`; a negative amount is taken back
+    from that time, as far as it is still there. `of` are the ids under which it may be reserved: what such a
+    reservation has counted in windows gives way to it, and what it holds there is given back. Where none of them is
+    known, it counts only if it may be `missing`. A bill made before the `cut` of a loss is among its totals, and counts
+    nothing; else its id is remembered for a day.
+    """
+
+    id: str
+    entries: tuple[Entry, ...]
+    at_ms: int
+    times_ms: tuple[int, ...] = ()
+    of: tuple[str, ...] = ()
+    missing: bool = True
 
 
 class Look(msgspec.Struct, frozen=True, array_like=True, tag="look"):
@@ -92,14 +116,15 @@ class Look(msgspec.Struct, frozen=True, array_like=True, tag="look"):
 class Seed(msgspec.Struct, frozen=True, array_like=True, tag="seed"):
     """Add totals known from elsewhere (`taken`) to `Budget` and `Rolling` accounts after the store lost its data.
 
-    Only the first one after each loss counts, however many replicas race, so it must have all the totals. Of what an
-    account held before the loss nothing remains, whether it is among them or not; what was counted since does.
+    Only the first one after each loss counts, however many replicas race, so it must have all the totals that no
+    `Charge` has told before. Of what an account held before the loss nothing remains, whether it is among them or not;
+    what was counted since does.
     """
 
     entries: tuple[Entry, ...]
 
 
-Operation = Reserve | Settle | Renew | Cancel | Announce | Charge | Look | Seed
+Operation = Reserve | Settle | Renew | Cancel | Announce | Charge | Tell | Look | Seed
 
 # -- replies ----------------------------------------------------------------------------------------------------------
 
@@ -124,7 +149,7 @@ class Done(msgspec.Struct, frozen=True, array_like=True, tag="done"):
     """The operation is done. `standings` answer a `Look`.
 
     `known`: there was a reservation to settle, renew or cancel; of an `Announce`: the id was known, in any state; of a
-    `Charge` or `Seed`: it counted.
+    `Charge`, `Tell` or `Seed`: it counted.
     """
 
     now_ms: int

@@ -59,11 +59,13 @@ tiers: # cheapest first; prices in dollars per million tokens
   - name: medium
     backends: [qwen-7b-a, qwen-7b-b]
     price: {input: $0.10, cached_input: $0.025, output: $0.20}
+    later_prices: # what is billed by from a moment on
+      - {at: "2027-02-01T00:00:00Z", price: {input: 0.09 USD, cached_input: 0.02 USD, output: 0.18 USD}}
     context_tokens: 32768
     max_output_tokens: 4096
   - name: large
     backends: [qwen-72b]
-    price: {input: 0.90 USD, output: 0.90 USD}
+    price: {gpu: {usd_per_hour: 2.49, count: 4}} # what a server costs, shared by the requests it works for
     context_tokens: 32768
     max_output_tokens: 4096
     queue: {concurrent: 64, size: 200, max_wait: 10s} # the others wait, whoever matters most first
@@ -119,6 +121,17 @@ state: # where limits are counted and keys of the admin API are kept
   password: {from: env, name: REDIS_PASSWORD}
   tls: {ca: certs/redis.pem}
 
+ledger: # the bill of every request; without this noun it is a file of SQLite beside this one
+  store:
+    kind: postgres
+    dsn: {from: env, name: LEDGER_DSN} # postgresql://user:password@host/database
+    spool: /var/lib/tierway/spool.db # what the database has not taken yet: a disk that outlives the process
+  keep_for: 730d
+  idle: teams # who bears what a GPU costs while it does nothing
+  alerts:
+    webhooks: [{url: "https://hooks.example.com/tierway", secret: {from: env, name: HOOK_SECRET}}]
+    budgets: [0.8, 1.0]
+
 telemetry:
   log: {format: json, level: info}
   traces: true
@@ -140,7 +153,7 @@ editor that knows JSON Schema completes and checks it while you type: put
 
 | what | how | examples |
 | --- | --- | --- |
-| duration | a number and its unit: `ms`, `s`, `m`, `h` | `500ms`, `1.5s`, `10m` |
+| duration | a number and its unit: `ms`, `s`, `m`, `h`, `d` | `500ms`, `1.5s`, `10m` |
 | size | a number and its unit: `B`, `kB`, `MB`, `GB`, or binary `KiB`, `MiB`, `GiB` | `64KiB`, `10MB` |
 | money | dollars, of a price per million tokens; at most 9 decimal places, read exactly | `5`, `$0.05`, `0.05 USD` |
 | name | letters, digits and `._:/@-`, a letter or digit first, at most 128 | `gpt-4o`, `Qwen/Qwen2.5-7B` |

@@ -15,8 +15,9 @@ import msgspec
 from gateway.config.findings import Findings, spot
 from gateway.config.limits_meaning import LimitsCheck, Names
 from gateway.config.model import AnyBackend, Config, Key, LocalBackend, Tier
+from gateway.config.prices_meaning import PricesCheck
 from gateway.config.problem import guess, quoted
-from gateway.config.shape import Mark, Place, spelled
+from gateway.config.shape import Mark, Place
 from gateway.config.state_meaning import check_state
 from policies.limits import EACH
 
@@ -75,6 +76,7 @@ class Check:
         self._keys(names)
         self._teams()
         self._server()
+        PricesCheck(config, findings)
         LimitsCheck(config, findings, names)
         check_state(config, findings)
 
@@ -104,23 +106,10 @@ class Check:
                 else:
                     message = f"{quoted(backend)} is in another tier already, at {spot(first_use[backend][1])}"
                     self._found.error(place, f"{message}; a backend has one price, so it has one tier")
-            if i:
-                self._price(i)
             self._lengths(i, tier)
-            if tier.price.cached_input is not None and tier.price.cached_input > tier.price.input:
-                self._found.warn(
-                    ("tiers", i, "price", "cached_input"), "dearer than `input`: a cache hit should not cost more"
-                )
         for name in config.backends:
             if name not in first_use:
                 self._found.warn(("backends", name), "in no tier, so it is never asked")
-
-    def _price(self, i: int) -> None:
-        below, price = self._config.tiers[i - 1].price, self._config.tiers[i].price
-        for part in ("input", "output"):
-            if getattr(price, part) < getattr(below, part):
-                before = spelled(("tiers", i - 1, "price", part))
-                self._found.warn(("tiers", i, "price", part), f"cheaper than {before}, but tiers stand cheapest first")
 
     def _lengths(self, i: int, tier: Tier) -> None:
         """Say which of a tier's numbers of tokens cannot both be true."""

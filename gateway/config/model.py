@@ -144,6 +144,38 @@ class TimeoutSettings(Noun, frozen=True, kw_only=True):
     total: Annotated[Duration, Meta(description="For the whole call.")] = 600.0
 
 
+class GpuPrice(Noun, frozen=True, kw_only=True):
+    """A server that costs by the hour, whether it works or not."""
+
+    usd_per_hour: Annotated[Usd, Meta(description="Dollars of one GPU for an hour.")]
+    count: Annotated[int, Meta(ge=1, le=10_000, description="GPUs of each server.")] = 1
+
+
+class Price(Noun, frozen=True, kw_only=True):
+    """What tokens cost: dollars per million of them, or what the server costs by the hour, or LiteLLM's price list."""
+
+    input: Annotated[UsdPerMillion | None, Meta(description="Prompt tokens. With `output`.")] = None
+    output: Annotated[UsdPerMillion | None, Meta(description="Completion tokens. With `input`.")] = None
+    cached_input: Annotated[
+        UsdPerMillion | None, Meta(description="Prompt tokens from the prefix cache. Default: as `input`.")
+    ] = None
+    gpu: Annotated[
+        GpuPrice | None,
+        Meta(description="In place of prices of tokens: what each server costs. Requests share the time it works."),
+    ] = None
+    litellm: Annotated[
+        Text | None,
+        Meta(description="In place of prices of tokens: a model in LiteLLM's price list (needs `tierway[hosted]`)."),
+    ] = None
+
+
+class LaterPrice(Noun, frozen=True, kw_only=True):
+    """A price that applies from a moment on."""
+
+    at: Annotated[Moment, Meta(description="From when on, as `2027-01-31T00:00:00Z`.")]
+    price: Annotated[Price, Meta(description="What tokens cost from then on.")]
+
+
 class VllmBackend(Noun, tag_field="kind", tag="vllm", frozen=True, kw_only=True):
     """A vLLM server, or any other that speaks the OpenAI API."""
 
@@ -173,6 +205,10 @@ class VllmBackend(Noun, tag_field="kind", tag="vllm", frozen=True, kw_only=True)
         ),
     ] = None
     timeouts: Annotated[TimeoutSettings, Meta(description="Limits of each phase of a call.")] = TimeoutSettings()
+    price: Annotated[Price | None, Meta(description="What it costs. Default: the price of its tier.")] = None
+    later_prices: Annotated[
+        tuple[LaterPrice, ...], Meta(max_length=100, description="What it costs from a moment on, in order of time.")
+    ] = ()
 
 
 class LocalBackend(Noun, tag_field="kind", tag="local", frozen=True, kw_only=True):
@@ -192,6 +228,10 @@ class LocalBackend(Noun, tag_field="kind", tag="local", frozen=True, kw_only=Tru
     parallel: Annotated[int, Meta(ge=1, le=64, description="Requests decoded at the same time.")] = 4
     threads: Annotated[int, Meta(ge=1, description="CPU threads. One is best where models share the cores.")] = 1
     timeouts: Annotated[TimeoutSettings, Meta(description="Limits of each phase of a call.")] = TimeoutSettings()
+    price: Annotated[Price | None, Meta(description="What it costs. Default: the price of its tier.")] = None
+    later_prices: Annotated[
+        tuple[LaterPrice, ...], Meta(max_length=100, description="What it costs from a moment on, in order of time.")
+    ] = ()
 
 
 class ScriptedBackend(Noun, tag_field="kind", tag="scripted", frozen=True, kw_only=True):
@@ -201,19 +241,13 @@ class ScriptedBackend(Noun, tag_field="kind", tag="scripted", frozen=True, kw_on
     tokens: Annotated[tuple[str, ...], Meta(min_length=1, description="The pieces of the answer.")]
     logprob: Annotated[float, Meta(le=0, description="Log-probability of every token.")] = -0.05
     delay: Annotated[Duration | None, Meta(description="Pause before each token. Default: none.")] = None
+    price: Annotated[Price | None, Meta(description="What it costs. Default: the price of its tier.")] = None
+    later_prices: Annotated[
+        tuple[LaterPrice, ...], Meta(max_length=100, description="What it costs from a moment on, in order of time.")
+    ] = ()
 
 
 AnyBackend = VllmBackend | LocalBackend | ScriptedBackend
-
-
-class Price(Noun, frozen=True, kw_only=True):
-    """Dollars per million tokens."""
-
-    input: Annotated[UsdPerMillion, Meta(description="Prompt tokens.")]
-    output: Annotated[UsdPerMillion, Meta(description="Completion tokens.")]
-    cached_input: Annotated[
-        UsdPerMillion | None, Meta(description="Prompt tokens from the prefix cache. Default: as `input`.")
-    ] = None
 
 
 class Queue(Noun, frozen=True, kw_only=True):
@@ -232,6 +266,9 @@ class Tier(Noun, frozen=True, kw_only=True):
     name: Annotated[Name, Meta(description="What clients and routes call it.")]
     backends: Annotated[tuple[Name, ...], Meta(min_length=1, description="Names of its backends.")]
     price: Annotated[Price, Meta(description="What its tokens cost.")]
+    later_prices: Annotated[
+        tuple[LaterPrice, ...], Meta(max_length=100, description="What they cost from a moment on, in order of time.")
+    ] = ()
     context_tokens: Annotated[
         Count | None,
         Meta(description="Context window of its models. Default: what a server says of itself, where it does."),
@@ -451,6 +488,101 @@ class RedisState(Noun, tag_field="kind", tag="redis", frozen=True, kw_only=True)
 AnyState = MemoryState | RedisState
 
 
+class SqliteLedger(Noun, tag_field="kind", tag="sqlite", frozen=True, kw_only=True):
+    """A file of SQLite, for one machine."""
+
+    path: Annotated[Text, Meta(description="The file, from the folder of `gateway.yaml` if relative.")] = (
+        "tierway-ledger.db"
+    )
+
+
+class PostgresLedger(Noun, tag_field="kind", tag="postgres", frozen=True, kw_only=True):
+    """PostgreSQL, for any number of replicas, with a file that absorbs its outages (needs `tierway[postgres]`)."""
+
+    dsn: Annotated[SecretRef, Meta(description="Reference to its address, `postgresql://user:password@host/database`.")]
+    schema: Annotated[Name, Meta(description="The schema its tables are in; made if it is not there.")] = "tierway"
+    timeout: Annotated[
+        Duration, Meta(le=60.0, description="Longest wait for it. What it has not taken by then goes to the spool.")
+    ] = 1.0
+    spool: Annotated[
+        Text,
+        Meta(
+            description="The file that holds what it has not taken yet, from the folder of `gateway.yaml` if relative."
+        ),
+    ] = "tierway-spool.db"
+    spool_size: Annotated[Size, Meta(description="How large that file may become.")] = 1024 * 1024 * 1024
+
+
+class NoLedger(Noun, tag_field="kind", tag="none", frozen=True, kw_only=True):
+    """Nothing is kept. For benchmarks and dry runs."""
+
+
+AnyLedgerStore = SqliteLedger | PostgresLedger | NoLedger
+
+
+class DecisionInputs(Noun, frozen=True, kw_only=True):
+    """What a decision was made from, without any text: for training, simulation and replay. It is personal data."""
+
+    kept: Annotated[bool, Meta(description="Keep them.")] = True
+    keep_for: Annotated[Duration, Meta(description="How long.")] = 30 * 24 * 3600.0
+
+
+class Webhook(Noun, frozen=True, kw_only=True):
+    """Where alerts are sent: a signed POST of JSON, repeated until it is taken."""
+
+    url: Annotated[Url, Meta(description="Its address.")]
+    secret: Annotated[SecretRef, Meta(description="Reference to the secret that signs what is sent.")]
+
+
+class Alerts(Noun, frozen=True, kw_only=True):
+    """When somebody should hear of spending."""
+
+    webhooks: Annotated[tuple[Webhook, ...], Meta(max_length=16, description="Who is told.")] = ()
+    budgets: Annotated[
+        tuple[Share, ...],
+        Meta(max_length=16, description="At which parts of a `spend` limit. Empty: never."),
+    ] = (0.5, 0.8, 1.0)
+    anomalies: Annotated[
+        bool, Meta(description="Where a team or a route spends unlike the same hour of past weeks.")
+    ] = True
+
+
+class Ledger(Noun, frozen=True, kw_only=True):
+    """Where the bill of every request is kept, and what is done with it."""
+
+    store: Annotated[AnyLedgerStore, Meta(description="Where rows are kept.")] = SqliteLedger()
+    commit_within: Annotated[
+        float,
+        Meta(
+            ge=0,
+            le=1,
+            extra={"unit": "duration"},
+            description="How long a row may wait for others, to be committed with them.",
+        ),
+    ] = 0.005
+    when_unwritable: Annotated[
+        Literal["refuse", "serve"],
+        Meta(
+            description="While rows cannot be written: refuse new requests with 503 and end open ones with an error, "
+            "or serve them and raise the alarm."
+        ),
+    ] = "refuse"
+    lease: Annotated[
+        Lease,
+        Meta(description="How long after its last sign of life a process is taken for dead, its requests billed."),
+    ] = 30.0
+    keep_for: Annotated[Duration | None, Meta(description="How long rows are kept. Absent: for ever.")] = None
+    decision_inputs: Annotated[DecisionInputs, Meta(description="What decisions were made from.")] = DecisionInputs()
+    idle: Annotated[
+        Literal["nobody", "teams", "requests"],
+        Meta(
+            description="Who bears what a GPU costs while it does nothing: nobody, the teams by their share of its "
+            "work, or every request by its share."
+        ),
+    ] = "nobody"
+    alerts: Annotated[Alerts, Meta(description="When somebody should hear of spending.")] = Alerts()
+
+
 class Log(Noun, frozen=True, kw_only=True):
     """The operator's log, on standard error."""
 
@@ -485,6 +617,7 @@ class Config(Noun, frozen=True, kw_only=True):
     state: Annotated[AnyState, Meta(description="Where limits are counted and keys of the admin API are kept.")] = (
         MemoryState()
     )
+    ledger: Annotated[Ledger, Meta(description="Where the bill of every request is kept.")] = Ledger()
     routes: Annotated[dict[Name, Route], Meta(description="The names clients may ask for as `model`.")] = {}
     server: Annotated[Server, Meta(description="Where tierway listens and what it accepts.")] = Server()
     telemetry: Annotated[Telemetry, Meta(description="Logs and traces.")] = Telemetry()

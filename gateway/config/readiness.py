@@ -11,8 +11,10 @@ from pathlib import Path
 
 from gateway.config.load import Loaded
 from gateway.config.model import Config, MemoryState, RedisState, VllmBackend
+from gateway.config.prices_meaning import stated
 from gateway.config.problem import Problem, in_order
 from gateway.config.shape import Place
+from gateway.price_list import LiteLlmPrices, PriceUnknownError
 from gateway.tokenizer_file import why_unusable
 
 _REDIS = "`state: {kind: redis, …}`"
@@ -21,7 +23,7 @@ _SHARES = "`state: {kind: memory, per_worker_shares: true}`"
 
 def check(loaded: Loaded, *, workers: int) -> tuple[Problem, ...]:
     """Return what keeps `workers` processes on this machine from serving a configuration, by position."""
-    return in_order([*_files(loaded), *_workers(loaded, workers)])
+    return in_order([*_files(loaded), *_prices(loaded), *_workers(loaded, workers)])
 
 
 def _files(loaded: Loaded) -> Iterator[Problem]:
@@ -38,6 +40,16 @@ def _files(loaded: Loaded) -> Iterator[Problem]:
         fault = _unreadable(path) or _untrustworthy(path)
         if fault:
             yield loaded.problem(("state", "tls", "ca"), fault)
+
+
+def _prices(loaded: Loaded) -> Iterator[Problem]:
+    prices = LiteLlmPrices()
+    for one in stated(loaded.config):
+        if one.price.litellm is not None:
+            try:
+                prices.price_of(one.price.litellm)
+            except PriceUnknownError as fault:
+                yield loaded.problem((*one.place, "litellm"), str(fault))
 
 
 def _unreadable(path: Path) -> str:

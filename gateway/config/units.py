@@ -17,15 +17,15 @@ NANO = 1_000_000_000
 LONGEST = 40
 """Longest text that is looked at: a quantity is a few digits and a unit."""
 
-SECONDS = {"ms": Decimal("0.001"), "s": Decimal(1), "m": Decimal(60), "h": Decimal(3600)}
+SECONDS = {"ms": Decimal("0.001"), "s": Decimal(1), "m": Decimal(60), "h": Decimal(3600), "d": Decimal(86400)}
 BYTES = {"B": 1, "kB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
 
 NUMBER = r"[0-9]+(?:\.[0-9]+)?"
-DURATION = rf"^{NUMBER}(?:ms|s|m|h)$"
+DURATION = rf"^{NUMBER}(?:ms|s|m|h|d)$"
 SIZE = rf"^{NUMBER}(?:B|kB|MB|GB|KiB|MiB|GiB)$"
 MONEY = r"^(?:\$ ?[0-9]+(?:\.[0-9]{1,9})?|[0-9]+(?:\.[0-9]{1,9})?(?: ?USD)?)$"
 
-LONGEST_DURATION_S = 365 * 24 * 3600
+LONGEST_DURATION_S = 10 * 366 * 24 * 3600
 LARGEST_SIZE = 2**50
 DEAREST_NUSD = 1_000_000 * NANO
 LARGEST_NUSD = 9_000_000 * NANO
@@ -56,16 +56,16 @@ def _split(text: str) -> tuple[Decimal, str] | None:
 
 
 def parse_duration(text: str) -> float:
-    """`500ms`, `2s`, `1.5s`, `10m`, `1h` in seconds. Raises UnitError, also for nothing and for over a year."""
+    """`500ms`, `2s`, `1.5s`, `10m`, `1h`, `30d` in seconds. Raises UnitError, also for nothing and over ten years."""
     parts = _split(text)
     if parts is None or (parts[1] and parts[1] not in SECONDS):
-        raise UnitError(f"expected a duration such as `500ms`, `2s`, `10m` or `1h`, found {_shown(text)}")
+        raise UnitError(f"expected a duration such as `500ms`, `2s`, `10m`, `1h` or `30d`, found {_shown(text)}")
     number, unit = parts
     if not unit:
         raise UnitError(f"expected a duration with its unit, found the bare number `{text}`; write `{text}s`")
     seconds = number * SECONDS[unit]
     if seconds > LONGEST_DURATION_S:
-        raise UnitError(f"expected a duration of at most a year (`8760h`), found `{text}`")
+        raise UnitError(f"expected a duration of at most ten years (`3660d`), found `{text}`")
     return float(seconds)
 
 
@@ -74,7 +74,7 @@ def render_duration(seconds: float) -> str:
     if not seconds:
         return "0s"
     exact = Decimal(repr(float(seconds)))
-    for unit in ("h", "m", "s", "ms"):
+    for unit in ("d", "h", "m", "s", "ms"):
         number = exact / SECONDS[unit]
         if number == number.to_integral_value() and number * SECONDS[unit] == exact:
             return f"{number:f}".split(".", maxsplit=1)[0] + unit

@@ -20,7 +20,10 @@ from backends.vllm import HttpPool, VllmBackend
 from gateway import __version__
 from gateway.config import model as noun
 from gateway.config.load import Loaded
+from gateway.config.prices_meaning import stated
 from gateway.config.secrets import resolve_all
+from gateway.config.units import render_usd
+from gateway.price_list import LiteLlmPrices, PriceUnknownError
 
 _PACKAGES = ("gateway", "backends", "policies", "routing")
 _LIBRARIES = ("starlette", "uvicorn", "aiohttp", "msgspec", "tiktoken", "redis", "opentelemetry-api")
@@ -71,6 +74,25 @@ def versions() -> list[Finding]:
             optional = name in _OPTIONAL
             detail = "not installed (optional)" if optional else "not installed"
             findings.append(Finding(name, ok=None if optional else False, detail=detail))
+    return findings
+
+
+def prices(loaded: Loaded) -> list[Finding]:
+    """Look up what LiteLLM's price list says of each model that is priced by it."""
+    listed = LiteLlmPrices()
+    findings = []
+    for model in sorted({one.price.litellm for one in stated(loaded.config) if one.price.litellm is not None}):
+        what = f"price {model}"
+        try:
+            price = listed.price_of(model)
+        except PriceUnknownError as fault:
+            findings.append(Finding(what, ok=False, detail=str(fault)))
+            continue
+        parts = (("in", price.input_nusd), ("cached", price.cached_input_nusd), ("out", price.output_nusd))
+        detail = f"{', '.join(f'{render_usd(nusd)} {word}' for word, nusd in parts)} (litellm {listed.version})"
+        if price.unread:
+            detail += f"; nothing is billed by its {', '.join(price.unread)}"
+        findings.append(Finding(what, ok=True, detail=detail))
     return findings
 
 
@@ -177,6 +199,7 @@ def run(loaded: Loaded | None) -> int:
         admin = loaded.config.server.admin
         if admin is not None:
             findings.append(port(admin.host, admin.port))
+        findings += prices(loaded)
         findings += asyncio.run(backends(loaded))
         findings += asyncio.run(stores(loaded))
     for finding in findings:

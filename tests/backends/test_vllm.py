@@ -21,6 +21,7 @@ from backends.backend import (
     BackendFault,
     Broken,
     Call,
+    Counters,
     Overloaded,
     Rejected,
     ServerFacts,
@@ -1211,3 +1212,31 @@ def test_a_server_that_hangs_up_on_a_count_is_a_fault() -> None:
 
     with pytest.raises(Unreachable):
         against(play, client)
+
+
+# -- its own counters -------------------------------------------------------------------------------------------------
+
+
+def counters(status: int, text: bytes) -> Counters | None:
+    async def play(connection: Connection) -> None:
+        request = await connection.request()
+        assert (request.path, request.headers["authorization"]) == ("/metrics", f"Bearer {KEY}")
+        connection.answer(status, text)
+
+    return against(play, lambda backend, _: backend.counters())
+
+
+def test_a_server_is_asked_for_its_counters() -> None:
+    found = counters(200, (RECORDED / "vllm/get_metrics.txt").read_bytes())
+    assert found is not None
+    assert (found.prompt_tokens, found.completion_tokens, found.running) == (37, 8, 0)
+
+
+@pytest.mark.parametrize(("status", "text"), [(404, b"vllm:"), (501, b"{}"), (200, b"<html></html>"), (401, b"")])
+def test_a_server_without_counters_has_none(status: int, text: bytes) -> None:
+    assert counters(status, text) is None
+
+
+def test_a_server_that_cannot_say_what_it_counted_is_broken() -> None:
+    with pytest.raises(Broken):
+        counters(500, b"")

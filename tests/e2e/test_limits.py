@@ -174,7 +174,8 @@ def test_budgets_that_were_lost_are_told_again_once(session_stack: Stack, tmp_pa
     session_stack.reset()
     with running_redis() as first:
         port, password = first.port, first.password
-        config = _config(session_stack, first)
+        # Where there is no ledger to know it.
+        config = _config(session_stack, first) | {"ledger": {"store": {"kind": "none"}}}
         gateway = Gateway(config, session_stack.folder, environment={"REDIS_PASSWORD": password})
     with gateway:
         cheap = body(model="small", max_tokens=16)
@@ -195,6 +196,29 @@ def test_budgets_that_were_lost_are_told_again_once(session_stack: Stack, tmp_pa
             assert wait_until(lambda: status() == 200, 5, 0.1)
             spent = float(own_limits(gateway, NARROW)["narrow-budget/spend"]["used"])
             assert 0.0004 < spent < 0.0005
+
+
+def test_budgets_that_were_lost_are_known_again_from_the_ledger(session_stack: Stack, tmp_path: Path) -> None:
+    session_stack.reset()
+    with running_redis() as first:
+        port, password = first.port, first.password
+        store = {"kind": "sqlite", "path": str(tmp_path / "ledger.db")}
+        config = _config(session_stack, first) | {"ledger": {"store": store}}
+        gateway = Gateway(config, session_stack.folder, "--workers", "2", environment={"REDIS_PASSWORD": password})
+        cheap = body(model="small", max_tokens=16)
+        assert [gateway.post("/v1/chat/completions", cheap, NARROW).status for _ in range(5)] == [200] * 5
+
+        def spent() -> str:
+            found: str = own_limits(gateway, NARROW)["narrow-budget/spend"]["used"]
+            return found
+
+        assert wait_until(lambda: own_limits(gateway, NARROW)["narrow-budget/spend"]["reserved"] == "0", 5, 0.1)
+        before = spent()
+        assert float(before) > 0
+    with gateway, running_redis(port, password=password):
+        assert wait_until(lambda: "lost" in gateway.process.said(), 10)
+        assert wait_until(lambda: spent() == before, 10, 0.1), (spent(), before)
+        assert gateway.post("/v1/chat/completions", cheap, NARROW).status == 200
 
 
 def seed(config: Path, password: str, totals: Any) -> str:

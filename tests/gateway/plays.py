@@ -17,9 +17,12 @@ from gateway.decision import Decision, DecisionStore
 from gateway.exchange import Gateway, exchange
 from gateway.fleet import Fleet, Member
 from gateway.keys import LiveKeys
+from gateway.ledger.contract import LedgerDown
+from gateway.ledger.rows import Bill, DeliveryRow
 from gateway.limiter import MemoryLimiter
 from gateway.log import ExchangeLog
 from gateway.metrics import Metrics
+from gateway.pricing import Pricing
 from gateway.sizing import Sizes, TierSize
 from policies.access import Caller, Keyring
 from policies.cost import Price
@@ -46,6 +49,44 @@ class Lines:
         self.written.append(line)
 
 
+class KeptLedger:
+    """A ledger in a list, and what was said to it, in order. `down` refuses what is to be written."""
+
+    def __init__(self) -> None:
+        self.accepting = True
+        self.down = False
+        self.bills: dict[str, Bill] = {}
+        self.later: list[Bill] = []
+        self.open: dict[str, Callable[[], Bill]] = {}
+        self.deliveries: list[DeliveryRow] = []
+        self.refusals: list[tuple[str, str]] = []
+        self.written = asyncio.Event()
+        self.written.set()
+
+    def begin(self, exchange_id: str, so_far: Callable[[], Bill]) -> None:
+        self.open[exchange_id] = so_far
+
+    async def write(self, bill: Bill) -> None:
+        await self.written.wait()
+        if self.down:
+            raise LedgerDown("no room")
+        self.bills[bill.exchange.exchange_id] = bill
+        del self.open[bill.exchange.exchange_id]
+
+    def write_later(self, bill: Bill) -> None:
+        self.later.append(bill)
+        self.open.pop(bill.exchange.exchange_id, None)
+
+    def forget(self, exchange_id: str) -> None:
+        self.open.pop(exchange_id, None)
+
+    def deliver(self, delivery: DeliveryRow) -> None:
+        self.deliveries.append(delivery)
+
+    def refuse(self, key: str, code: str) -> None:
+        self.refusals.append((key, code))
+
+
 class Client:
     """The other end of one request: what was sent to it, in order, and what was known when the last byte came."""
 
@@ -65,7 +106,7 @@ class Client:
 
     async def send(self, message: MutableMapping[str, Any]) -> None:
         if message["type"] == "http.response.body" and not message.get("more_body"):
-            self.recorded_before_end = self._gateway.store.get(self.headers["x-tierway-exchange-id"]) is not None
+            self.recorded_before_end = self.headers["x-tierway-exchange-id"] in kept(self._gateway).bills
         self.messages.append(message)
 
     @property
@@ -105,9 +146,9 @@ def gateway_over(*limits: Limit, **tiers: ScriptedBackend) -> Gateway:
         max_body_bytes=1_000_000,
         keys=LiveKeys(Keyring.of([(sha256(KEY).hexdigest(), Caller(key="tester"))])),
         ladder=Ladder({"auto": route}),
-        prices=prices,
+        pricing=Pricing({name: {name: price} for name, price in prices.items()}),
         sizes=Sizes(
-            {name: TierSize(price=price, context_tokens=4000) for name, price in prices.items()},
+            {name: TierSize(context_tokens=4000) for name in prices},
             TokenCounter(tiers),
             context_tokens=lambda _: None,
         ),
@@ -119,6 +160,7 @@ def gateway_over(*limits: Limit, **tiers: ScriptedBackend) -> Gateway:
             }
         ),
         bodies=BodyReader(),
+        ledger=KeptLedger(),
         store=DecisionStore(100),
         metrics=metrics,
         log=ExchangeLog(Lines(), format="json", level="info"),
@@ -129,6 +171,12 @@ async def ask(gateway: Gateway, *, stream: bool, leaves: asyncio.Event | None = 
     client = Client(gateway, {**HELLO, "stream": stream, **fields}, leaves=leaves)
     await exchange(gateway, "chat/completions", SCOPE, client.receive, client.send)
     return client
+
+
+def kept(gateway: Gateway) -> KeptLedger:
+    ledger = gateway.ledger
+    assert isinstance(ledger, KeptLedger)
+    return ledger
 
 
 def decided(gateway: Gateway, client: Client) -> Decision:

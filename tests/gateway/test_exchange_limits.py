@@ -18,6 +18,7 @@ from gateway.wire import TokenUsage
 from policies.access import Caller
 from policies.accounts import Budget, Concurrency, Rate, Rule
 from policies.limits import Amounts, Dimension, Facts, Limit, Measure, Meter, Use
+from routing.plan import PlannedAttempt
 from tests.gateway.plays import HELLO, UNSURE, Client, ask, changed, decided, fails, gateway_over, says
 
 both = pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
@@ -332,6 +333,7 @@ def test_an_attempt_for_which_a_strict_limit_leaves_nothing_finds_its_tier_full(
             facts=Facts(key="tester", route="auto", model="auto"),
             route=route,
             body=body,
+            prices=gateway.pricing.at(0),
         )
         allowance = Allowance(gateway.admission, gateway.sizes, asking, lambda: Use(of_all=Amounts(spend_nusd=spent)))
 
@@ -339,7 +341,8 @@ def test_an_attempt_for_which_a_strict_limit_leaves_nothing_finds_its_tier_full(
             return await waiting
 
         await allowance.ask(here)
-        first, second = allowance.door(1, "small"), allowance.door(2, "small")
+        attempt = PlannedAttempt(rung=0, tier="small", backend="small", model="model-small")
+        first, second = allowance.door(1, attempt), allowance.door(2, attempt)
         assert first is not None
         assert second is not None
         await first.enter(TokenUsage)

@@ -8,8 +8,8 @@ from collections.abc import Awaitable, Callable
 import pytest
 
 from gateway.limiter import Clock, MemoryLimiter
-from policies.accounts import Concurrency, Rate
-from policies.operations import Granted, Refused
+from policies.accounts import Concurrency, Entry, Rate
+from policies.operations import Charge, Granted, Refused
 from tests.gateway.limiting import ask, concurrent, count_granted, granted, item, order, requests, spend, standing
 
 
@@ -90,3 +90,16 @@ def test_totals_of_others_are_not_known_here() -> None:
         assert not await limiter.seed("deployment", (spend(100, 0).entry,))
 
     play(scene)
+
+
+def test_what_was_spent_before_is_shared_out_like_the_limit() -> None:
+    told = Charge("start", (Entry("spend", spend(100, 0).entry.rule, taken=7),))
+    used = []
+
+    async def scene(limiter: MemoryLimiter) -> None:
+        assert [await limiter.tell("deployment", (told,)) for _ in range(2)] == [1, 0]
+        used.append((await standing(limiter, spend(100, 0))).used)
+
+    for rank in range(3):
+        play(scene, rank=rank, count=3)
+    assert used == [3, 2, 2]

@@ -10,7 +10,7 @@ import msgspec
 import pytest
 import redis
 
-from gateway.limits_script import Alive, Answer, Beat, Command, Open, Opened, decode, encode, key, script
+from gateway.limits_script import Alive, Answer, Beat, Command, Lose, Open, Opened, decode, encode, key, script
 from policies.accounts import Budget, Concurrency, Entry, Rate, Rolling, Rule
 from policies.books import (
     Books,
@@ -25,6 +25,7 @@ from policies.books import (
     Seed,
     Settle,
     Stale,
+    Tell,
 )
 from tests.prove import books as proof
 from tests.servers.redis import RedisServer
@@ -272,7 +273,7 @@ def test_nobodys_data_and_a_caller_with_memory_are_a_loss(client: redis.Redis, s
     assert [store.one(Done, Seed(COUNTED)).known for _ in range(2)] == [True, False]
     assert used(store) == [14, 14, 7]
     again = store.open("run-2", known, NOW)
-    assert again == Opened(NOW, opened.epoch, seeded=True, lost=True)
+    assert again == Opened(NOW, opened.epoch, seeded=True, lost=True, cut_ms=NOW - 10 * MINUTE)
 
 
 def test_another_epoch_does_nothing(client: redis.Redis, store: Store) -> None:
@@ -330,8 +331,8 @@ def test_an_old_copy_that_was_taken_for_good_is_a_loss_when_somebody_remembers(s
     assert opened.epoch != known
     assert used(store, COUNTED[:2]) == [0, 0]
     # The one who had no memory, and others who had, come to the same new epoch.
-    assert store.open("run-2", known, NOW + HOUR + MINUTE) == Opened(store.now, opened.epoch, seeded=False, lost=True)
-    assert store.open("run-2", known, NOW + 49 * MINUTE) == Opened(store.now, opened.epoch, seeded=False, lost=True)
+    for remembered in (NOW + HOUR + MINUTE, NOW + 49 * MINUTE):
+        assert store.open("run-2", known, remembered) == opened
 
 
 def test_who_was_acknowledged_in_this_run_has_lost_nothing(store: Store) -> None:
@@ -373,8 +374,8 @@ def test_a_new_deployment_that_was_none_is_a_loss_when_somebody_remembers(
     opened = store.open(run, known, NOW)
     assert (opened.seeded, opened.lost) == (False, True)
     assert opened.epoch not in (known, fresh.epoch)
-    # All that is there was counted since.
-    assert used(store) == [7, 7, 7]
+    # The ledger has what was counted since, too.
+    assert used(store) == [0, 0, 7]
     late = store.open(run, fresh.epoch, fresh.now_ms)
     assert (late.epoch, late.seeded, late.lost) == (opened.epoch, False, True)
 
@@ -412,3 +413,59 @@ def test_reservations_of_an_old_copy_end_with_their_lease(store: Store) -> None:
     assert [one.reserved for one in store.one(Done, Look((entry,))).standings] == [5]
     store.now += SECOND
     assert [one.reserved for one in store.one(Done, Look((entry,))).standings] == [0]
+
+
+# -- what a ledger tells ----------------------------------------------------------------------------------------------
+
+
+def test_with_a_ledger_nobodys_data_wait_for_their_totals(client: redis.Redis) -> None:
+    store = Store(client)
+    opened = store.one(Opened, Open("run-1", ledger=True))
+    assert (opened.seeded, opened.lost, opened.cut_ms) == (False, False, NOW - 10 * MINUTE)
+    # Who comes next finds the same, whether or not it has a ledger.
+    assert store.open("run-1") == opened
+    assert store.one(Done, Seed(())).known
+    assert store.open("run-1", opened.epoch, NOW).seeded
+
+
+def test_who_knows_better_has_everybody_begin_anew(store: Store) -> None:
+    store.call(Charge("c", COUNTED))
+    known = store.epoch
+    stale = store.one(Stale, Lose())
+    assert stale.epoch != known
+    assert store.one(Stale, Look(())) == stale
+    opened = store.open("run-1", known, NOW)
+    assert opened == Opened(NOW, stale.epoch, seeded=False, lost=True, cut_ms=NOW - 10 * MINUTE)
+    assert used(store) == [0, 0, 7]
+
+
+def test_an_old_copy_does_not_hide_what_was_settled_in_it(store: Store) -> None:
+    spent = Entry("sum", Budget(100), held=7)
+    store.one(Granted, Reserve("a", (spent,), HOUR))
+    store.call(Settle("a", (7,), (), NOW, "a#"))
+    known = store.epoch
+    restart(store, MINUTE)
+    store.open("run-2", known, NOW + 50 * SECOND)
+    assert used(store, [spent]) == [0]
+    told = Tell("a#", (Entry("sum", Budget(100), taken=7),), NOW, of=("a",))
+    assert [store.one(Done, told).known for _ in range(2)] == [True, False]
+    store.call(Settle("a", (7,), (spent,), NOW, "a#"))
+    assert used(store, [spent]) == [7]
+
+
+def test_names_of_bills_are_kept_as_long_as_the_ledger_may_be_read_again(client: redis.Redis, store: Store) -> None:
+    entry = Entry("sum", Budget(1000), held=5)
+
+    def settled(id_: str) -> int:
+        store.call(Reserve(id_, (entry,), MINUTE), Settle(id_, (5,), (), store.now, f"{id_}#"))
+        return int(client.exists(f"{PREFIX}:r:{id_}#"))
+
+    assert settled("a") == 0
+    known = store.epoch
+    client.flushall()
+    store.open("run-2", known, NOW)
+    assert settled("b") == 1
+    store.call(Seed(()))
+    assert settled("c") == 1
+    store.now += 10 * MINUTE
+    assert settled("d") == 0

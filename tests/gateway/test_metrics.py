@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gateway.decision import AttemptRecord, Decision
+from gateway.decision import AttemptRecord, Decision, Payer
 from gateway.metrics import Metrics, Snapshot, render
 from gateway.wire import TokenUsage
 from policies.cost import Cost
@@ -85,7 +85,7 @@ def decision(*attempts: AttemptRecord, **fields: Any) -> Decision:
     given_fields: dict[str, Any] = {
         "exchange_id": "x",
         "request_id": "r",
-        "key": "k",
+        "payer": Payer(key="k"),
         "endpoint": "chat/completions",
         "asked": "auto",
         "route": "auto",
@@ -93,8 +93,7 @@ def decision(*attempts: AttemptRecord, **fields: Any) -> Decision:
         "ending": "answered",
         "error": None,
         "degraded": False,
-        "tier": "small",
-        "model": "m",
+        "served": 1 if attempts else None,
         "confidence": 0.9,
         "confidence_kind": "raw",
         "attempts": attempts,
@@ -119,8 +118,24 @@ def test_an_empty_page_is_valid_and_names_every_family() -> None:
         "tierway_limits_local_total": "counter",
         "tierway_limits_store_faults_total": "counter",
         "tierway_queue_seconds": "histogram",
+        "tierway_ledger_rows_total": "counter",
+        "tierway_ledger_commits_total": "counter",
+        "tierway_ledger_commit_seconds_total": "counter",
+        "tierway_ledger_failures_total": "counter",
+        "tierway_ledger_dropped_total": "counter",
+        "tierway_ledger_lost_total": "counter",
+        "tierway_alerts_total": "counter",
+        "tierway_alert_attempts_total": "counter",
         "tierway_waiting": "gauge",
         "tierway_limits_apart": "gauge",
+        "tierway_ledger_waiting": "gauge",
+        "tierway_ledger_unwritable": "gauge",
+        "tierway_ledger_spooled_rows": "gauge",
+        "tierway_ledger_set_aside_rows": "gauge",
+        "tierway_ledger_primary_down": "gauge",
+        "tierway_alerts_undelivered": "gauge",
+        "tierway_budget_used_ratio": "gauge",
+        "tierway_spend_anomaly": "gauge",
         "tierway_first_byte_seconds": "histogram",
         "tierway_duration_seconds": "histogram",
         "tierway_open_exchanges": "gauge",
@@ -142,6 +157,17 @@ def test_numbers_kept_elsewhere_are_told_and_add_up() -> None:
     assert at(found, "tierway_limits_local_total", mode="granted") == 4
     assert at(found, "tierway_waiting") == 6
     assert at(found, "tierway_limited_total", limit="per-key", measure="tokens", shadow="true") == 2
+
+
+def test_of_several_processes_the_fullest_budget_is_told() -> None:
+    one, other = Metrics(), Metrics()
+    one.include(lambda: {"tierway_budget_used_ratio": {("team",): 0.25}, "tierway_ledger_rows_total": {(): 2.0}})
+    other.include(lambda: {"tierway_budget_used_ratio": {("team",): 0.75}, "tierway_ledger_rows_total": {(): 3.0}})
+    snapshot = one.snapshot()
+    snapshot.add(other.snapshot())
+    found = read(snapshot)
+    assert at(found, "tierway_budget_used_ratio", limit="team") == 0.75
+    assert at(found, "tierway_ledger_rows_total") == 5
 
 
 def test_an_exchange_is_counted_with_all_its_attempts() -> None:

@@ -141,10 +141,10 @@ def test_a_long_reservation_outlives_its_lease_and_counts_what_it_used(server: R
         wanted = order(spend(100, 80))
         used = [0]
         assert isinstance(await limiter.reserve(wanted, lambda: (used[0],)), Granted)
-        used[0] = 30
-        await stands_at(limiter, spend(100, 0), 30, 50)
+        used[0] = 90
+        await stands_at(limiter, spend(100, 0), 0, 90)
         await asyncio.sleep(0.5)
-        await stands_at(limiter, spend(100, 0), 30, 50)
+        await stands_at(limiter, spend(100, 0), 0, 90)
         limiter.settle(wanted, (40,))
         await stands_at(limiter, spend(100, 0), 40, 0)
 

@@ -19,6 +19,7 @@ from routing.ladder import Route, Rung, Seat
 
 SMALL = Price(input_nusd=10**9, cached_input_nusd=10**9, output_nusd=2 * 10**9)
 LARGE = Price(input_nusd=10**10, cached_input_nusd=10**9, output_nusd=2 * 10**10)
+PRICES = {"small": SMALL, "large": LARGE}
 ROUTE = Route(name="auto", rungs=(Rung("small", (Seat("s", "m-s"),), 0.8), Rung("large", (Seat("l", "m-l"),))))
 
 
@@ -42,7 +43,7 @@ class Counting:
 
 
 def sizes(*, counted: int | None = None, window: Callable[[str], int | None] = lambda _: None, **large: Any) -> Sizes:
-    tiers = {"small": TierSize(price=SMALL), "large": TierSize(price=LARGE, **large)}
+    tiers = {"small": TierSize(), "large": TierSize(**large)}
     return Sizes(tiers, TokenCounter({"s": Counting(counted), "l": Counting(counted)}), context_tokens=window)
 
 
@@ -52,7 +53,7 @@ def body(**fields: Any) -> Body:
 
 
 def most_output(size: Sizes, **fields: Any) -> int:
-    need = size.need(ROUTE, body(**fields).asked, most=True)
+    need = size.need(ROUTE, body(**fields).asked, PRICES, most=True)
     assert need.most_shown is not None
     return need.most_shown.output_tokens
 
@@ -68,17 +69,17 @@ def test_the_most_is_the_least_of_what_bounds_an_answer() -> None:
 
 def test_an_estimate_follows_recent_answers_and_never_what_was_not_asked_for() -> None:
     size, asked = sizes(), body(max_tokens=1000).asked
-    assert size.need(ROUTE, asked, most=False).estimate.output_tokens == 512
+    assert size.need(ROUTE, asked, PRICES, most=False).estimate.output_tokens == 512
     for tokens in range(1, 101):
         size.learn(ROUTE, "m-s", asked, prompt_tokens=20, completion_tokens=tokens)
-    assert size.need(ROUTE, asked, most=False).estimate.output_tokens == 90
-    assert size.need(ROUTE, body(max_tokens=30).asked, most=False).estimate.output_tokens == 30
-    assert size.need(ROUTE, body(n=4).asked, most=False).estimate.output_tokens == 360
+    assert size.need(ROUTE, asked, PRICES, most=False).estimate.output_tokens == 90
+    assert size.need(ROUTE, body(max_tokens=30).asked, PRICES, most=False).estimate.output_tokens == 30
+    assert size.need(ROUTE, body(n=4).asked, PRICES, most=False).estimate.output_tokens == 360
 
 
 def test_the_bytes_of_a_prompt_bound_its_tokens() -> None:
     size = sizes()
-    need = size.need(ROUTE, body(messages=[{"role": "user", "content": "x" * 10_000}]).asked, most=True)
+    need = size.need(ROUTE, body(messages=[{"role": "user", "content": "x" * 10_000}]).asked, PRICES, most=True)
     assert need.most_shown is not None
     assert need.most_shown.input_tokens >= 10_000
     assert need.least.input_tokens == 0
@@ -88,10 +89,10 @@ def test_a_count_of_the_server_is_sure_both_ways() -> None:
     async def main() -> None:
         size = sizes(counted=123)
         counts = await size.count(ROUTE, body())
-        need = size.need(ROUTE, body().asked, most=True, counts=counts)
+        need = size.need(ROUTE, body().asked, PRICES, most=True, counts=counts)
         assert need.most_shown is not None
         assert need.least.input_tokens == need.estimate.input_tokens == need.most_shown.input_tokens == 123
-        of_one = size.need_of_attempt(ROUTE, "large", body().asked, counts)
+        of_one = size.need_of_attempt(ROUTE, "large", body().asked, LARGE, counts)
         assert of_one.most_shown is not None
         assert of_one.most_shown.input_tokens == 123
         await size.close()

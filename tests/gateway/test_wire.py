@@ -859,3 +859,77 @@ def test_whatever_a_server_sends_is_passed_or_broken(data: bytes, stream: bool) 
     with suppress(Broken):
         tap.feed(b"data: " + data.replace(b"\n", b"") + b"\n\n" if stream else data)
     tap.usage()
+
+
+# -- bills that cannot be true ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("reported", "why"),
+    [
+        ({"prompt_tokens": -1, "completion_tokens": 2}, "negative"),
+        ({"prompt_tokens": 5, "completion_tokens": -2}, "negative"),
+        ({"prompt_tokens": 0, "completion_tokens": 2}, "something was read"),
+        ({"prompt_tokens": 5, "completion_tokens": 0}, "something was said"),
+        ({"prompt_tokens": 101, "completion_tokens": 2}, "more than the window"),
+        ({"prompt_tokens": 5, "completion_tokens": 101}, "more than the window"),
+        ({"prompt_tokens": 2**63, "completion_tokens": 2}, "absurd"),
+        ({"prompt_tokens": "5", "completion_tokens": 2}, "not a number"),
+        ({"prompt_tokens": 5.5, "completion_tokens": 2}, "not whole"),
+        ("none", "not a bill"),
+    ],
+    ids=str,
+)
+def test_a_bill_that_cannot_be_true_is_counted_instead(reported: Any, why: str) -> None:
+    streamed = make_tap(CHAT, scored=False, read_tokens=ALL, prompt_tokens=7, context_tokens=100)
+    streamed.feed(vllm_event({"content": "42"}))
+    streamed.feed(vllm_event({}, finish="stop"))
+    streamed.feed(b"data: " + compact({"choices": [], "usage": reported}) + b"\n\n")
+    entire = make_tap(WHOLE_CHAT, scored=False, read_tokens=ALL, prompt_tokens=7, context_tokens=100)
+    entire.feed(whole({"content": "42"}, None, usage=reported))
+    for tap in (streamed, entire):
+        usage = tap.usage()
+        assert usage.counted, why
+        assert usage.prompt_tokens == 7
+        assert 1 <= usage.completion_tokens <= 2
+
+
+def test_a_bill_up_to_the_window_is_believed() -> None:
+    tap = make_tap(WHOLE_CHAT, scored=False, read_tokens=ALL, prompt_tokens=7, context_tokens=100)
+    tap.feed(whole({"content": "42"}, None, usage={"prompt_tokens": 99, "completion_tokens": 1}))
+    assert tap.usage() == TokenUsage(prompt_tokens=99, completion_tokens=1)
+    several = make_tap(
+        msgspec.structs.replace(WHOLE_CHAT, choices=3, sequences=3),
+        scored=False,
+        read_tokens=ALL,
+        context_tokens=100,
+    )
+    several.feed(whole({"content": "42"}, None, usage={"prompt_tokens": 90, "completion_tokens": 240}))
+    assert several.usage().completion_tokens == 240
+
+
+def test_parts_that_are_more_than_the_whole_are_cut_and_flagged() -> None:
+    bill = {
+        "prompt_tokens": 10,
+        "completion_tokens": 5,
+        "prompt_tokens_details": {"cached_tokens": 11},
+        "completion_tokens_details": {"reasoning_tokens": 6},
+    }
+    tap = make_tap(WHOLE_CHAT, scored=False, read_tokens=ALL)
+    tap.feed(whole({"content": "42"}, None, usage=bill))
+    assert tap.usage() == TokenUsage(
+        prompt_tokens=10, cached_prompt_tokens=10, completion_tokens=5, reasoning_tokens=5, counted=True
+    )
+
+
+def test_the_version_of_a_model_is_what_its_server_says_first() -> None:
+    tap = make_tap(WHOLE_CHAT, scored=False, read_tokens=ALL)
+    tap.feed(whole({"content": "42"}, None, system_fingerprint="vllm-0.32.0-a47a8369"))
+    assert tap.model_version == "vllm-0.32.0-a47a8369"
+    for said in (None, 7, "", {"a": 1}):
+        odd = make_tap(WHOLE_CHAT, scored=False, read_tokens=ALL)
+        odd.feed(whole({"content": "42"}, None, system_fingerprint=said))
+        assert odd.model_version is None
+    long = make_tap(WHOLE_CHAT, scored=False, read_tokens=ALL)
+    long.feed(whole({"content": "42"}, None, system_fingerprint="x" * 1000))
+    assert long.model_version == "x" * 128

@@ -24,6 +24,7 @@ from policies.books import (
     Reserve,
     Seed,
     Settle,
+    Tell,
 )
 
 NOW = 1_800_000_000_000
@@ -179,7 +180,7 @@ def test_a_renewal_moves_what_was_used_and_keeps_the_lease() -> None:
     books = Books()
     granted(books, Reserve("a", TYPICAL, SECOND))
     assert known(books, Renew("a", (30, 90, 0), SECOND), NOW + 999)
-    assert stands(books, now=NOW + 1998) == [(14, 70), (90, 210), (0, 1)]
+    assert stands(books, now=NOW + 1998) == [(14, 70), (0, 300), (0, 1)]
     assert known(books, Settle("a", (40, 120, 0)), NOW + 1998)
     assert stands(books, now=NOW + 1998) == [(24, 0), (120, 0), (0, 0)]
 
@@ -189,23 +190,24 @@ def test_what_was_used_so_far_never_falls() -> None:
     granted(books, Reserve("a", TYPICAL, SECOND))
     known(books, Renew("a", (30, 90, 0), SECOND))
     known(books, Renew("a", (20, 100, 0), SECOND))
-    assert stands(books) == [(30, 70), (100, 200), (0, 1)]
+    assert stands(books) == [(30, 70), (0, 300), (0, 1)]
+    assert stands(books, now=NOW + SECOND)[1] == (100, 0)
 
 
-def test_more_so_far_than_was_held_leaves_nothing_reserved() -> None:
+def test_more_so_far_than_was_held_is_not_overlooked() -> None:
     books = Books()
     granted(books, Reserve("a", TYPICAL, SECOND))
-    known(books, Renew("a", (101, 90, 7), SECOND))
-    assert stands(books) == [(101, 0), (90, 210), (0, 1)]
-    known(books, Settle("a", (101, 90, 0)))
-    assert stands(books) == [(101, 0), (90, 0), (0, 0)]
+    known(books, Renew("a", (101, 301, 7), SECOND))
+    assert stands(books) == [(101, 0), (0, 301), (0, 1)]
+    known(books, Settle("a", (101, 302, 0)))
+    assert stands(books) == [(101, 0), (302, 0), (0, 0)]
 
 
 def test_a_lease_that_runs_out_settles_at_the_last_renewal() -> None:
     books = Books()
     granted(books, Reserve("a", TYPICAL, SECOND))
     known(books, Renew("a", (30, 90, 0), SECOND))
-    assert stands(books, now=NOW + 999)[1:] == [(90, 210), (0, 1)]
+    assert stands(books, now=NOW + 999)[1:] == [(0, 300), (0, 1)]
     assert stands(books, now=NOW + 1000)[1:] == [(90, 0), (0, 0)]
 
 
@@ -232,7 +234,7 @@ def test_a_renewal_opens_an_expired_reservation_again() -> None:
     granted(books, Reserve("a", TYPICAL, SECOND))
     assert stands(books, now=NOW + SECOND)[2] == (0, 0)
     assert known(books, Renew("a", (0, 90, 0), SECOND), NOW + 2 * SECOND)
-    assert stands(books, now=NOW + 2 * SECOND)[1:] == [(90, 210), (0, 1)]
+    assert stands(books, now=NOW + 2 * SECOND)[1:] == [(0, 300), (0, 1)]
     assert not known(books, Renew("b", (0, 90, 0), SECOND))
 
 
@@ -284,9 +286,9 @@ def test_an_announcement_enters_whatever_the_limits_say() -> None:
     books = Books()
     entries = (Entry("spend", Budget(1), taken=2, held=300), Entry("open", Concurrency(0), held=1))
     assert not known(books, Announce("a", entries, (40, 0), SECOND))
-    assert stands(books, *entries) == [(42, 260), (0, 1)]
-    assert known(books, Announce("a", entries, (50, 0), SECOND))
-    assert stands(books, *entries) == [(52, 250), (0, 1)]
+    assert stands(books, *entries) == [(2, 300), (0, 1)]
+    assert known(books, Announce("a", entries, (350, 0), SECOND))
+    assert stands(books, *entries) == [(2, 350), (0, 1)]
     assert known(books, Settle("a", (60, 0)))
     assert known(books, Announce("a", entries, (70, 0), SECOND))
     assert stands(books, *entries) == [(62, 0), (0, 0)]
@@ -340,6 +342,103 @@ def test_after_a_loss_windows_hold_what_was_counted_since() -> None:
     known(books, Charge("c", entries))
     assert known(books, Seed(entries))
     assert stands(books, *entries) == [(14, 3), (4, 0), (2, 0)]
+
+
+def spent(books: Books, now: int = NOW) -> int:
+    return stands(books, Entry("spend", SPEND), now=now)[0][0]
+
+
+def bill(id_: str, amount: int, at: int = NOW, *, of: tuple[str, ...] = (), missing: bool = True) -> Tell:
+    return Tell(f"{id_}#", (Entry("spend", SPEND, taken=amount),), at, of=of, missing=missing)
+
+
+def settle(id_: str, amount: int, at: int = NOW) -> Settle:
+    return Settle(id_, (0, amount, 0), TYPICAL, at, f"{id_}#")
+
+
+def test_after_a_loss_a_bill_counts_once_whoever_tells_it() -> None:
+    orders: list[list[Operation]] = [[bill("a", 40), settle("a", 40)], [settle("a", 40), bill("a", 40)]]
+    for told in orders:
+        for held in (True, False):
+            books = Books()
+            books.lose()
+            if held:
+                known(books, Announce("a", TYPICAL, (0, 10, 0), DAY))
+            for operation in told:
+                known(books, operation)
+            known(books, Seed(()))
+            assert [spent(books), *stands(books)[1:]] == [40, (40, 0), (0, 0)]
+            # The ledger may be read again for some time, whatever else has been forgotten.
+            assert not known(books, bill("a", 40), NOW + 10 * MINUTE - 1)
+            assert spent(books) == 40
+
+
+def test_a_bill_from_before_the_cut_is_among_the_totals() -> None:
+    books = Books()
+    books.lose(cut_ms=NOW)
+    known(books, settle("a", 40, NOW - 1))
+    assert not known(books, bill("b", 50, NOW - 1))
+    assert [spent(books), stands(books)[0]] == [0, (0, 0)]
+    known(books, settle("c", 60, NOW))
+    assert known(books, bill("d", 70, NOW))
+    assert spent(books) == 130
+
+
+def test_what_was_settled_before_the_loss_counts_again_in_windows_alone() -> None:
+    books = Books()
+    granted(books, Reserve("a", TYPICAL, SECOND))
+    known(books, Settle("a", (30, 40, 0)))
+    books.lose()
+    assert stands(books) == [(30, 0), (0, 0), (0, 0)]
+    known(books, Settle("a", (30, 40, 0), TYPICAL))
+    known(books, Settle("a", (30, 40, 0), TYPICAL))
+    assert stands(books) == [(30, 0), (40, 0), (0, 0)]
+
+
+def test_what_expired_gives_way_to_its_bill() -> None:
+    books = Books()
+    granted(books, Reserve("a", TYPICAL, SECOND))
+    known(books, Renew("a", (0, 90, 0), SECOND))
+    books.apply(Look(()), NOW + SECOND)
+    assert spent(books, NOW + SECOND) == 90
+    assert known(books, bill("a", 35, of=("a",), missing=False), NOW + MINUTE)
+    assert not known(books, bill("a", 35, of=("a",), missing=False), NOW + MINUTE)
+    known(books, settle("a", 36), NOW + MINUTE)
+    assert spent(books, NOW + MINUTE) == 35
+
+
+def test_what_is_open_holds_nothing_once_its_bill_is_told() -> None:
+    books = Books()
+    granted(books, Reserve("a", TYPICAL, SECOND))
+    assert known(books, bill("a", 35, of=("a", "b")))
+    assert stands(books) == [(0, 100), (35, 0), (0, 1)]
+    known(books, Renew("a", (0, 90, 0), SECOND))
+    assert stands(books, now=NOW + MINUTE)[1:] == [(35, 0), (0, 0)]
+
+
+def test_a_bill_of_what_is_not_known_counts_where_it_may_be_missing() -> None:
+    books = Books()
+    granted(books, Reserve("a", TYPICAL, SECOND))
+    known(books, Settle("a", (0, 40, 0)))
+    assert not known(books, bill("a", 40, of=("a",)))
+    assert not known(books, bill("b", 40, of=("b",), missing=False))
+    assert known(books, bill("b", 40, of=("b",)))
+    assert spent(books) == 80
+
+
+def test_windows_count_at_the_time_of_the_bill() -> None:
+    day, roll = Budget(1000, (NOW - DAY, NOW, NOW + DAY)), Rolling(1000, HOUR)
+    books = Books()
+    entries = (Entry("day", day), Entry("roll", roll))
+    known(books, Settle("a", (1, 1), entries, NOW - 1))
+    known(books, Settle("b", (2, 2), entries, NOW))
+    known(books, Settle("c", (4, 4), entries, NOW - 62 * MINUTE))
+    assert stands(books, *entries) == [(2, 0), (3, 0)]
+    assert stands(books, *entries, now=NOW + HOUR) == [(2, 0), (2, 0)]
+    # What is taken back is taken from there.
+    refund = tuple(Entry(entry.account, entry.rule, taken=-1) for entry in entries)
+    known(books, Tell("adj", refund, NOW, times_ms=(NOW - 1, NOW - 1)))
+    assert stands(books, *entries) == [(2, 0), (2, 0)]
 
 
 # -- memory -----------------------------------------------------------------------------------------------------------
@@ -400,6 +499,10 @@ operations_ = st.one_of(
     st.builds(Cancel, ids),
     st.builds(Announce, ids, entries_, amounts, leases),
     st.builds(Charge, ids, entries_),
+    st.builds(Settle, ids, amounts, entries_, st.just(NOW), ids.map("{}#".format)),
+    st.builds(
+        Tell, ids.map("{}#".format), entries_, st.just(NOW), of=ids.map(lambda id_: (id_,)), missing=st.booleans()
+    ),
     st.builds(Look, entries_),
 )
 histories = st.lists(st.tuples(operations_, st.sampled_from([0, 0, 1, 100, 1000, 5000, -300])), max_size=60)
@@ -410,8 +513,12 @@ def reserved_by_open(books: Books) -> dict[str, int]:
     for record in books._records.values():
         if record.state == "open":
             for entry, counted in zip(record.entries, record.counted, strict=True):
-                moved = 0 if isinstance(entry.rule, Concurrency) else counted
-                sums[entry.account] += max(0, entry.held - moved)
+                if isinstance(entry.rule, Rate):
+                    sums[entry.account] += max(0, entry.held - counted)
+                elif isinstance(entry.rule, Concurrency):
+                    sums[entry.account] += entry.held
+                elif not record.billed:
+                    sums[entry.account] += max(entry.held, counted)
     return sums
 
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from decimal import ROUND_HALF_EVEN, Decimal
+from fractions import Fraction
 
 import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from policies.cost import Cost, Price, cost_of, usd
+from policies.cost import Cost, Price, cost_of, divided, most_nusd, sum_of, usd
 
 
 class Used(msgspec.Struct, frozen=True):
@@ -90,6 +91,44 @@ def test_the_total_is_the_sum_of_the_parts_and_never_negative(paid: Price, used:
 def test_more_tokens_never_cost_less(paid: Price, used: Used, more: int) -> None:
     longer = msgspec.structs.replace(used, completion_tokens=used.completion_tokens + more)
     assert cost_of(paid, longer).total_nusd >= cost_of(paid, used).total_nusd
+
+
+@given(prices, usages)
+def test_on_a_gpu_the_same_is_time_of_the_server(paid: Price, used: Used) -> None:
+    time = cost_of(msgspec.structs.replace(paid, gpu=True), used)
+    assert time == Cost(gpu_nusd=cost_of(paid, used).total_nusd)
+
+
+@given(prices, usages, tokens, tokens)
+def test_nothing_costs_more_than_the_most(paid: Price, used: Used, more_prompt: int, more_answer: int) -> None:
+    most = most_nusd(paid, used.prompt_tokens + more_prompt, used.completion_tokens + more_answer)
+    assert most >= cost_of(paid, used).total_nusd
+    assert most >= cost_of(msgspec.structs.replace(paid, gpu=True), used).total_nusd
+
+
+def test_both_parts_of_a_prompt_can_be_rounded_up() -> None:
+    paid = price(input_nusd=500_001, cached_input_nusd=500_001)
+    assert cost_of(paid, Used(prompt_tokens=2, cached_prompt_tokens=1)).total_nusd == 2 <= most_nusd(paid, 2, 0)
+
+
+@given(st.lists(st.tuples(prices, usages, st.booleans())))
+def test_the_costs_of_attempts_add_up_part_by_part(attempts: list[tuple[Price, Used, bool]]) -> None:
+    costs = [cost_of(msgspec.structs.replace(paid, gpu=gpu), used) for paid, used, gpu in attempts]
+    total = sum_of(costs)
+    for part in Cost.__struct_fields__:
+        assert getattr(total, part) == sum(getattr(one, part) for one in costs)
+    assert total.total_nusd == sum(one.total_nusd for one in costs)
+    assert sum_of([sum_of(costs[:2]), *costs[2:]]) == total
+
+
+@given(st.integers(-(10**20), 10**20), st.integers(1, 10**12))
+def test_a_division_is_rounded_once_half_to_even(amount: int, by: int) -> None:
+    assert divided(amount, by) == round(Fraction(amount, by))
+
+
+@given(st.integers(-(10**20), 10**20))
+def test_a_half_goes_to_the_even_neighbour(whole: int) -> None:
+    assert divided(2 * whole + 1, 2) == whole + whole % 2
 
 
 @pytest.mark.parametrize(

@@ -29,6 +29,7 @@ from policies.books import (
     Reserve,
     Seed,
     Settle,
+    Tell,
 )
 from tests.prove.proof import Figures, Size
 from tests.servers.redis import running_redis
@@ -117,8 +118,9 @@ class _Pair:
         for _ in range(self._rng.randrange(1, 40)):
             self._pass_time()
             if self._rng.random() < 0.02:
-                self._books.lose()
-                self._epoch = self._open(self._epoch).epoch
+                opened = self._open(self._epoch)
+                self._books.lose(opened.cut_ms)
+                self._epoch = opened.epoch
             for answer in self._both(
                 [self._script.operation(self._now_ms) for _ in range(self._rng.choice((1, 1, 1, 2, 8)))]
             ):
@@ -191,11 +193,14 @@ class _Script:
         id_ = rng.choice(self._ids)
         lease_ms = rng.choice((1, 1000, rng.randrange(1, 3000), self.longest_lease_ms))
         entries = self._entries(now_ms)
-        match rng.choices(range(8), (40, 20, 12, 8, 5, 4, 4, 2))[0]:
+        match rng.choices(range(9), (40, 20, 12, 8, 5, 4, 4, 2, 6))[0]:
             case 0:
                 return Reserve(id_, entries, lease_ms)
             case 1:
-                return Settle(id_, self._amounts(), entries if rng.random() < 0.2 else ())
+                told = entries if rng.random() < 0.2 else ()
+                if rng.random() < 0.5:
+                    return Settle(id_, self._amounts(), told)
+                return Settle(id_, self._amounts(), told, self._moment(now_ms), f"{id_}#" if rng.random() < 0.8 else "")
             case 2:
                 return Renew(id_, self._amounts(), lease_ms)
             case 3:
@@ -203,11 +208,27 @@ class _Script:
             case 4:
                 return Announce(id_, entries, self._amounts(), lease_ms)
             case 5:
-                return Charge(id_, entries)
+                return Charge(id_, entries, tuple(self._moment(now_ms) for _ in range(rng.randrange(3))))
             case 6:
                 return Look(entries)
-            case _:
+            case 7:
                 return Seed(entries)
+            case _:
+                return self._bill(id_, entries, now_ms)
+
+    def _bill(self, id_: str, entries: tuple[Entry, ...], now_ms: int) -> Tell:
+        rng = self._rng
+        signed = tuple(
+            msgspec.structs.replace(entry, taken=entry.taken * rng.choice((1, 1, -1)), held=0) for entry in entries
+        )
+        times = tuple(self._moment(now_ms) for _ in range(rng.choice((0, 0, 1, 4))))
+        of = (id_, rng.choice(self._ids)) if rng.random() < 0.6 else ()
+        return Tell(f"{id_}#", signed, self._moment(now_ms), times, of, rng.random() < 0.7)
+
+    def _moment(self, now_ms: int) -> int:
+        """A time of which something is told: mostly not long ago."""
+        rng = self._rng
+        return now_ms - rng.choice((0, 1, rng.randrange(-2000, 3000), rng.randrange(_HOUR_MS), rng.randrange(_DAY_MS)))
 
     def _amounts(self) -> tuple[int, ...]:
         return tuple(self._amount() for _ in range(self._rng.choice((0, 1, 2, 5, 5, 5))))

@@ -7,7 +7,7 @@ import contextlib
 import json
 import socket
 import struct
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from time import monotonic
 from typing import Any
@@ -49,7 +49,8 @@ def break_off(writer: asyncio.StreamWriter, *, reset: bool) -> None:
     """Leave: with RST, or with FIN."""
     if reset:
         given = writer.get_extra_info("socket")
-        given.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        if given is not None:  # None: the other side has gone
+            given.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         writer.transport.abort()
     else:
         writer.close()
@@ -92,8 +93,13 @@ async def ask(port: int, data: bytes) -> Answer:
     return answer
 
 
-async def read_answer(reader: asyncio.StreamReader, answer: Answer) -> None:
-    """Read into `answer` as far as it comes. Raises IncompleteReadError where it breaks off."""
+async def read_answer(
+    reader: asyncio.StreamReader, answer: Answer, enough: Callable[[bytes], bool] = lambda _: False
+) -> None:
+    """Read into `answer` as far as it comes, or of a stream until a part is `enough`.
+
+    Raises IncompleteReadError where it breaks off.
+    """
     lines = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1").split("\r\n")
     answer.status = int(lines[0].split()[1])
     answer.headers = dict(line.lower().split(": ", 1) for line in lines[1:] if line)
@@ -107,6 +113,8 @@ async def read_answer(reader: asyncio.StreamReader, answer: Answer) -> None:
         while size := int(await reader.readuntil(b"\r\n"), 16):
             parts.append((await reader.readexactly(size + 2))[:-2])
             answer.arrivals_s.append(monotonic())
+            if enough(parts[-1]):
+                return
         await reader.readexactly(2)
         answer.whole = True
     finally:

@@ -117,6 +117,8 @@ def config_of(
         "routes": {"auto": {"steps": [{"tier": "small", "doubt_below": 0.5}, {"tier": "large"}]}},
         "keys": [*(key_line(key, secret(key)) for key in keys), key_line("operator", OPERATOR, admin=True)],
         "limits": list(limits),
+        # What limits do by themselves; with a ledger they are told again what they have lost.
+        "ledger": {"store": {"kind": "none"}},
         "state": dict(state),
         # A line for each of thousands of refusals tells nobody anything.
         "telemetry": {"log": {"level": "warning"}},

@@ -200,9 +200,9 @@ class _Connection(Connection):
 
 
 @contextmanager
-def metered(*models: str, tells: bool = True) -> Iterator[Metered]:
+def metered(*models: str, tells: bool = True, kind: type[Metered] = Metered) -> Iterator[Metered]:
     """Run an upstream in a thread of its own, with an event loop of its own."""
-    upstream = Metered(models, tells=tells)
+    upstream = kind(models, tells=tells)
     ready, loops = threading.Event(), list[tuple[asyncio.AbstractEventLoop, asyncio.Event]]()
 
     async def serve() -> None:

@@ -9,6 +9,10 @@ from tests.prove import (
     departures,
     keys,
     killed_tier,
+    ledger_faults,
+    ledger_kills,
+    ledger_outage,
+    ledger_reseed,
     limits_burst,
     limits_honest,
     limits_killed_worker,
@@ -23,6 +27,7 @@ from tests.prove import (
 from tests.prove.proof import Proof
 
 _LIMITS = "limits.md"
+_LEDGER = "ledger.md"
 
 PROOFS: tuple[Proof, ...] = (
     Proof(
@@ -141,5 +146,45 @@ PROOFS: tuple[Proof, ...] = (
         run=counting.run,
         full_seeds=1,
         figures_in=_LIMITS,
+    ),
+    Proof(
+        name="ledger-kills",
+        sentence="After 50 times `kill -9` under load every answer that a client has is billed once, to the token and the "
+        "nano-dollar.",
+        run=ledger_kills.kills,
+        full_seeds=1,
+        figures_in=_LEDGER,
+    ),
+    Proof(
+        name="ledger-power-cuts",
+        sentence="The same where each kill takes with it what was written and not synced, of the ledger and of "
+        "PostgreSQL.",
+        run=ledger_kills.power_cuts,
+        full_seeds=1,
+        figures_in=_LEDGER,
+    ),
+    Proof(
+        name="ledger-outage",
+        sentence="Of a PostgreSQL that is away for a minute, shut down or frozen, no bill is lost and none counted twice, "
+        "also where the gateway is restarted or killed meanwhile.",
+        run=ledger_outage.run,
+        full_seeds=6,
+        figures_in=_LEDGER,
+    ),
+    Proof(
+        name="ledger-reseed",
+        sentence="Redis has lost what was spent, all or the last of it: eight processes tell it again from the ledger, and "
+        "every budget is exact.",
+        run=ledger_reseed.run,
+        full_seeds=3,
+        figures_in=_LEDGER,
+    ),
+    Proof(
+        name="ledger-faults",
+        sentence="While bills cannot be written nothing is answered for free: all is refused, or all is served and billed "
+        "afterwards, as the operator says.",
+        run=ledger_faults.run,
+        full_seeds=2,
+        figures_in=_LEDGER,
     ),
 )

@@ -20,10 +20,14 @@ _CHUNK = 65536
 
 
 class Relay:
-    """A relay to a port on 127.0.0.1. `port` is its own; `delay_s` is how long it keeps what the server says."""
+    """A relay to a port on 127.0.0.1. `port` is its own; `delay_s` is how long it keeps what the server says.
+
+    While it is `deaf` it takes what it is sent and passes nothing on, either way: a firewall that drops packets.
+    """
 
     def __init__(self, target: int, *, tls: bool = False) -> None:
         self.delay_s = 0.0
+        self.deaf = False
         self.port = 0
         self._target = target
         self._context = _context() if tls else None
@@ -72,6 +76,8 @@ class Relay:
     async def _pass_on(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, *, delayed: bool) -> None:
         with contextlib.suppress(OSError):
             while data := await reader.read(_CHUNK):
+                if self.deaf:
+                    continue
                 if delayed and self.delay_s:
                     await asyncio.sleep(self.delay_s)
                 writer.write(data)

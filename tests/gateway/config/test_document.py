@@ -88,7 +88,7 @@ def test_the_schema_refuses_what_the_loader_refuses(old: str, new: str) -> None:
 @pytest.mark.parametrize(
     ("pattern", "good", "bad"),
     [
-        (DURATION, ["500ms", "1.5s", "1h"], ["1", "s", "1d", "1 s"]),
+        (DURATION, ["500ms", "1.5s", "1h", "30d"], ["1", "s", "1w", "1 s"]),
         (SIZE, ["64KiB", "10MB", "1B"], ["1", "1K", "1kib"]),
         (MONEY, ["$0.05", "0.05 USD", "0.05USD", "1"], ["$1 USD", "-1", "1 EUR", "0.0123456789"]),
     ],

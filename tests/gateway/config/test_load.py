@@ -130,7 +130,7 @@ SHAPE_CASES = {
     ),
     "endless duration": (
         ("port: 0", "shutdown_grace: .inf"),
-        "1:26: server.shutdown_grace: expected a duration such as `500ms`, `2s`, `10m` or `1h`, found `.inf`",
+        "1:26: server.shutdown_grace: expected a duration such as `500ms`, `2s`, `10m`, `1h` or `30d`, found `.inf`",
     ),
     "empty value": (("port: 0", "port: "), "1:16: server.port: expected a whole number, found nothing"),
     "no permission by accident": (

@@ -47,7 +47,16 @@ def test_amounts_come_back_exactly(nano_usd: int) -> None:
 
 @pytest.mark.parametrize(
     ("text", "seconds"),
-    [("500ms", 0.5), ("2s", 2.0), ("1.5s", 1.5), ("10m", 600.0), ("1h", 3600.0), ("0.1s", 0.1), ("0s", 0.0)],
+    [
+        ("500ms", 0.5),
+        ("2s", 2.0),
+        ("1.5s", 1.5),
+        ("10m", 600.0),
+        ("1h", 3600.0),
+        ("30d", 2592000.0),
+        ("0.1s", 0.1),
+        ("0s", 0.0),
+    ],
 )
 def test_durations(text: str, seconds: float) -> None:
     assert parse_duration(text) == seconds
@@ -80,7 +89,7 @@ def test_prices(text: str, nano_usd: int) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["", "s", "1", "1 s", "-1s", "1d", "1e3s", "nan", "infs", "٣s", "1" * 99 + "s", "9999h", "1s\n"]
+    "text", ["", "s", "1", "1 s", "-1s", "1w", "1e3s", "nan", "infs", "٣s", "1" * 99 + "s", "9999d", "1s\n"]
 )
 def test_not_durations(text: str) -> None:
     with pytest.raises(UnitError):

@@ -12,6 +12,7 @@ import pytest
 
 from gateway.config.load import Loaded, load
 from gateway.tools import doctor
+from tests.gateway.litellm_package import install
 from tests.servers.redis import RedisServer, free_port, running_redis
 
 GOOD = (Path(__file__).parents[1] / "config" / "good.yaml").read_text()
@@ -82,3 +83,27 @@ def test_memory_is_told(tmp_path: Path) -> None:
     file = tmp_path / "gateway.yaml"
     file.write_text(GOOD)
     assert look(load(file)) == doctor.Finding("state", ok=None, detail="in memory")
+
+
+def test_prices_of_litellm_are_told_with_what_is_not_billed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    install(tmp_path, monkeypatch)
+    file = tmp_path / "gateway.yaml"
+    small, large = "price: {input: 0.02, output: $0.04}", "price: {input: 0.1 USD, output: 1}"
+    file.write_text(
+        GOOD.replace(small, "price: {litellm: gpt-4o-mini}")
+        .replace("tokens: [a]", "tokens: [a], price: {litellm: gpt-4o-mni}")
+        .replace(large, "price: {litellm: dashscope/qwen-turbo}")
+    )
+    wrong, told, *_ = sorted(doctor.prices(load(file)), key=lambda finding: finding.ok is True)
+    assert (wrong.what, wrong.ok) == ("price gpt-4o-mni", False)
+    assert wrong.detail == "no model `gpt-4o-mni` in LiteLLM's price list; did you mean `gpt-4o-mini`?"
+    assert told == doctor.Finding(
+        "price dashscope/qwen-turbo",
+        ok=True,
+        detail=(
+            "$0.05 in, $0.05 cached, $0.20 out (litellm 1.109.1); nothing is billed by its "
+            "output_cost_per_reasoning_token"
+        ),
+    )
+    file.write_text(GOOD)
+    assert doctor.prices(load(file)) == []
