@@ -464,10 +464,13 @@ def test_one_that_became_a_standby_is_left(server: PostgresServer) -> None:
         with psycopg.connect(server.url, autocommit=True) as link:
             link.execute("ALTER SYSTEM SET default_transaction_read_only = on")
             link.execute("SELECT pg_reload_conf()")
-            # Each connection hears of it when it hears of it.
-            with pytest.raises(LedgerDown, match="read-only"):
-                while True:
+
+            def write_on() -> None:
+                while True:  # each connection hears of it when it hears of it
                     one.write(rows_of(bill_of(1)))
+
+            with pytest.raises(LedgerDown, match="read-only"):
+                write_on()
             link.execute("SET default_transaction_read_only = off")
             link.execute("ALTER SYSTEM RESET default_transaction_read_only")
             link.execute("SELECT pg_reload_conf()")
