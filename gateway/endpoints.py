@@ -111,11 +111,13 @@ class Endpoints:
         return _json({"status": "ok"})
 
     async def _ready(self, _request: Request) -> Response:
-        if self._gateway.fleet.ready:
+        if not self._gateway.fleet.ready:
+            why = "no backend answers"
+        elif not self._gateway.ledger.accepting:
+            why = "the ledger cannot be written"
+        else:
             return _json({"status": "ready"})
-        return Response(
-            msgspec.json.encode({"status": "no backend answers"}), 503, {"retry-after": "1"}, media_type=_JSON
-        )
+        return Response(msgspec.json.encode({"status": why}), 503, {"retry-after": "1"}, media_type=_JSON)
 
     async def _metrics(self, _request: Request) -> Response:
         snapshot = self._gateway.metrics.snapshot()

@@ -149,3 +149,23 @@ def test_a_ledger_that_cannot_be_used_stops_the_start(
     assert done.returncode == 2
     assert re.search(said, done.stderr.decode())
     assert b"Traceback" not in done.stderr
+
+
+def test_who_cannot_bill_is_not_ready(session_stack: Stack, tmp_path: Path) -> None:
+    session_stack.reset()
+    path = tmp_path / "ledger.db"
+    config = session_stack.config(ledger={"store": {"kind": "sqlite", "path": str(path)}})
+    with Gateway(config, session_stack.folder) as gateway:
+        assert gateway.chat(model="small").status == 200
+        with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as other:
+            other.execute("BEGIN EXCLUSIVE")
+            refused = gateway.chat(model="small")
+            assert (refused.status, refused.error["code"]) == (503, "ledger_unavailable")
+            assert gateway.get("/readyz").json() == {"status": "the ledger cannot be written"}
+            assert "tierway_ledger_unwritable 1" in gateway.get("/metrics").body.decode()
+            other.execute("ROLLBACK")
+        assert wait_until(lambda: gateway.get("/readyz").status == 200, 15, 0.1)
+        assert gateway.chat(model="small").status == 200
+    with contextlib.closing(sqlite3.connect(path)) as db:
+        rows = db.execute("SELECT outcome, error FROM exchanges ORDER BY at_ms").fetchall()
+    assert rows == [("answered", None), ("broken", "ledger_unavailable"), ("answered", None)]

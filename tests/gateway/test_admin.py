@@ -262,7 +262,7 @@ def test_only_so_many_older_keys_hold_at_a_time(admin: AdminServer) -> None:
     assert admin.ask("POST", "/admin/keys/alice/rotate", {"grace": "0s"}).status == 200
 
 
-@pytest.mark.parametrize("grace", ["", "1", "1d", "-1h", "forever", "9000h"])
+@pytest.mark.parametrize("grace", ["", "1", "1w", "-1h", "forever", "90000h"])
 def test_a_grace_is_a_duration(admin: AdminServer, grace: str) -> None:
     admin.create("alice")
     reply = admin.ask("POST", "/admin/keys/alice/rotate", {"grace": grace})
