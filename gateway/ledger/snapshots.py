@@ -1,7 +1,7 @@
 """What would be billed if this process died now? The exchanges under way, written down now and then.
 
-One that ends soon is never written: `_FIRST_S` after its beginning it is for the first time, and then about once a
-`_AGAIN_S`, where what it tells has changed.
+One that ends soon is never written: `_FIRST_S` after its beginning it is for the first time, and then every `_AGAIN_S`,
+where what it tells has changed; less often where there are so many that it would be more than `_MOST_A_SECOND`.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ from gateway.ledger.rows import Bill, OpenRow
 _log = logging.getLogger("tierway.ledger")
 
 _FIRST_S = 0.05
-_AGAIN_S = 1.0
+_AGAIN_S = 0.25
+_MOST_A_SECOND = 400
 # A bill takes some 30 us to make and encode. No more at once, so that the event loop goes on; who is left is next.
 _MOST_AT_ONCE = 100
 
@@ -98,7 +99,7 @@ class Snapshots:
                     continue
                 due += 1
                 yield one
-                one.turn_s = now_s + _AGAIN_S
+                one.turn_s = now_s + max(_AGAIN_S, len(self._open) / _MOST_A_SECOND)
                 self._known.append(one)
 
     def _row(self, one: _Open, now_ms: int) -> OpenRow | None:

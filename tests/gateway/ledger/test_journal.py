@@ -231,17 +231,30 @@ def test_an_exchange_that_ends_soon_leaves_no_trace() -> None:
     play(Scene(), acts)
 
 
+def test_many_exchanges_under_way_are_told_of_less_often() -> None:
+    async def acts(scene: Scene) -> None:
+        all_told = [scene.begin(number) for number in range(1, 401)]
+        for _ in range(5):
+            await scene.passes(0.1)
+        asked = sum(told.asked for told in all_told)
+        assert asked == 400
+        await scene.passes(0.3)
+        assert sum(told.asked for told in all_told) == 400
+
+    play(Scene(), acts)
+
+
 def test_an_exchange_under_way_is_told_of_when_it_has_something_new_to_tell() -> None:
     async def acts(scene: Scene) -> None:
         told = scene.begin(1)
         await scene.passes(0.1)
         assert scene.costs_told() == [10]
         told.bill = bill_of(1, lost=True, output=25)
-        await scene.passes(0.5)
+        await scene.passes(0.1)
         assert scene.costs_told() == [10]
         scene.now.at_s -= 100
-        await scene.passes(0.6)
-        await scene.passes(1.1)
+        await scene.passes(0.2)
+        await scene.passes(0.3)
         assert scene.costs_told() == [10, 25]
         assert told.asked == 3
         stamps = [row.seen_ms for row in scene.snapshots()]
