@@ -13,8 +13,11 @@ import json
 import os
 import platform
 import pstats
+import resource
 import signal
+import sqlite3
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -65,6 +68,7 @@ limits:
     spend: {{usd: 1000000}}
 state: {state}
 """
+MANY_TABLES = ("exchanges", "attempts", "adjustments", "closings")
 LEDGERS = {"sqlite": "SQLite", "postgres": "PostgreSQL"}
 MEMORY = "{kind: memory}"
 REDIS = '{{kind: redis, addresses: ["127.0.0.1:{port}"], password: {{from: file, path: "{file}"}}, timeout: 2s}}'
@@ -125,6 +129,14 @@ class Gap(msgspec.Struct, frozen=True):
     p50_ms: float
     p99_ms: float
     max_ms: float
+
+
+class Report(msgspec.Struct, frozen=True):
+    """How long a report took: the command as a whole, its start included."""
+
+    what: str
+    wall_s: float
+    cpu_s: float
 
 
 class Bench:
@@ -287,6 +299,45 @@ class Bench:
         return Gap(what, posted["completed"], gap["p50"], gap["p99"], gap["max"])
 
 
+def reports(folder: Path, exchanges: int) -> tuple[float, list[Report]]:
+    """Fill a file of SQLite with so many requests and ask for reports.
+
+    Return how many rows a second were written, and how long each report took.
+    """
+    file, config = folder / "many.db", folder / "many.yaml"
+    written = _timed([sys.executable, "-m", "tests.gateway.ledger.many_rows", str(file), str(exchanges)])
+    digest = hashlib.sha256(KEY.encode()).hexdigest()
+    config.write_text(
+        CONFIG.format(upstream=9, bulk=9, digest=digest, limits="", ledger=SQLITE.format(file=file)), encoding="utf-8"
+    )
+    command = [sys.executable, "-m", "gateway.cli", "cost", "--config", str(config), "--since", "2025-11-01"]
+    command += ["--until", "2025-12-01", "--output", str(folder / "report")]
+    found = []
+    for by in ("", "tier", "team", "day,key", "model"):
+        _timed([*command, *(["--by", by] if by else [])])  # once for the cache
+        wall_s, cpu_s = _timed([*command, *(["--by", by] if by else [])])
+        found.append(Report(f"report by {by or 'nothing, the total'}", wall_s, cpu_s))
+    with sqlite3.connect(file) as db:
+        rows = sum(db.execute(f"SELECT COUNT(*) FROM {table}").fetchone()[0] for table in MANY_TABLES)  # noqa: S608
+    return rows / written[0], found
+
+
+def _timed(command: Sequence[str]) -> tuple[float, float]:
+    """Run a command; return how long it took, and its CPU time."""
+    before, began_s = resource.getrusage(resource.RUSAGE_CHILDREN), time.monotonic()
+    subprocess.run(command, check=True, cwd=Path(__file__).resolve().parents[1])
+    wall_s, after = time.monotonic() - began_s, resource.getrusage(resource.RUSAGE_CHILDREN)
+    return wall_s, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+
+
+def print_reports(exchanges: int, rows_a_second: float, found: Sequence[Report]) -> None:
+    """Print what was found."""
+    print(f"\nrows a second into SQLite, made and synced by one process: {rows_a_second:.0f}")
+    print(f"{f'{exchanges} requests in SQLite, the command as a whole':<58}{'wall s':>10}{'CPU s':>10}")
+    for one in found:
+        print(f"{one.what:<58}{one.wall_s:10.2f}{one.cpu_s:10.2f}")
+
+
 def phases(asked: argparse.Namespace) -> list[Phase]:
     """List every load of a round, in their order."""
     whole = {"requests": asked.requests, "concurrency": 16}
@@ -421,6 +472,10 @@ def print_tables(rows: list[Row], gaps: list[Gap]) -> None:
 
 def measure(asked: argparse.Namespace, stack: ExitStack, folder: Path) -> dict[str, Any]:
     """Start everything, run all rounds, and return what was found."""
+    if asked.only == "report":
+        found = reports(folder, asked.exchanges)
+        print_reports(asked.exchanges, *found)
+        return {"rows_a_second": found[0], "reports": msgspec.to_builtins(found[1])}
     bench = Bench(asked, stack, folder)
     bench.check()
     chosen = [phase for phase in phases(asked) if asked.only is None or asked.only in phase.name]
@@ -466,7 +521,10 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=150, help="tokens of an answer")
     parser.add_argument("--interval-ms", type=float, default=5, help="between two tokens of a paced stream")
     parser.add_argument("--big-s", type=float, default=4, help="seconds of each row of gaps")
-    parser.add_argument("--only", help="only phases with this in their name, e.g. 'auto stream', or 'big'; no table")
+    parser.add_argument(
+        "--only", help="only phases with this in their name, e.g. 'auto stream', or 'big', or 'report'; no table"
+    )
+    parser.add_argument("--exchanges", type=int, default=1_000_000, help="requests in the ledger that is reported on")
     parser.add_argument("--profile", action="store_true", help="one round with the gateway under cProfile; top 40")
     parser.add_argument("--json", type=Path, help="also write everything to this file")
     asked = parser.parse_args()

@@ -63,7 +63,8 @@ def draw(report: dict[str, Any], path: Path) -> None:
 def _finish(axes: Any, title: str) -> None:
     axes.invert_yaxis()
     axes.set_xlabel("US dollars")
-    axes.set_title(title, loc="left", fontsize=11)
+    # Between two dollar signs it would read a formula.
+    axes.set_title(title.replace("$", r"\$"), loc="left", fontsize=11)
     axes.spines[["top", "right"]].set_visible(False)
     handles, names = axes.get_legend_handles_labels()
     once = dict(zip(names, handles, strict=True))
