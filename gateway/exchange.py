@@ -88,6 +88,9 @@ async def exchange(gateway: Gateway, endpoint: Endpoint, scope: Scope, receive: 
         this.tell(decision)
     except Refusal as refusal:
         await this.refuse(refusal)
+    except Exception:
+        this.cut("internal_error")
+        raise
     finally:
         this.leave()
 
@@ -245,11 +248,8 @@ class _Exchange:
         """Owe nobody anything, however it went: a bill that nobody waits for is written all the same."""
         if self._watcher is not None:
             self._watcher.cancel()
-        if not self._recorded and self._matter is not None:
-            if self._runs:
-                self._cut()
-            else:
-                self._gateway.ledger.forget(self._exchange_id)
+        # What is still open here is cut by the server, which stops.
+        self.cut("shutting_down")
         self.settle(self._ending)
 
     # -- the answer -----------------------------------------------------------------------------------------------
@@ -344,10 +344,15 @@ class _Exchange:
         self._gateway.store.put(decision)
         return decision
 
-    def _cut(self) -> None:
-        """Record an exchange that neither ended nor will."""
+    def cut(self, error: str) -> None:
+        """Record an exchange that neither ended nor will, if there is anything to record."""
+        if self._recorded or self._matter is None:
+            return
         self._recorded = True
-        decision = msgspec.structs.replace(self._decided(None, "shutting_down"), ending="broken")
+        if not self._runs:
+            self._gateway.ledger.forget(self._exchange_id)
+            return
+        decision = msgspec.structs.replace(self._decided(None, error), ending="broken")
         self._gateway.ledger.write_later(self._final_bill(decision))
         self._gateway.store.put(decision)
         self.tell(decision)

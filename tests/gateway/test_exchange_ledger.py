@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Callable
+from collections.abc import Callable, MutableMapping
 from typing import Any
 
 import msgspec
@@ -294,3 +294,22 @@ def test_a_ledger_is_told_of_each_request_once() -> None:
     assert len(ledger.bills) == len(ledger.deliveries) == 20
     assert ledger.open == {}
     assert ledger.later == []
+
+
+def test_what_a_fault_of_the_gateway_cuts_is_billed_as_such() -> None:
+    async def play() -> None:
+        gateway = gateway_over(small=says())
+        client = Client(gateway, HELLO)
+
+        async def send(message: MutableMapping[str, Any]) -> None:
+            if message["type"] == "http.response.body":
+                raise RuntimeError("a mistake of ours")
+
+        with pytest.raises(RuntimeError, match="a mistake"):
+            await exchange(gateway, "chat/completions", SCOPE, client.receive, send)
+        (bill,) = kept(gateway).later
+        assert (bill.exchange.outcome, bill.exchange.error) == ("broken", "internal_error")
+        assert bill.cost_nusd > 0
+        assert kept(gateway).open == {}
+
+    asyncio.run(play())
