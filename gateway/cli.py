@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 
 from backends.weights import local_model_ids
@@ -24,10 +25,20 @@ examples:
   echo '{"model":"auto","messages":[{"role":"user","content":"Hi"}]}' | tierway explain -
 """
 
+_TOOLS = {
+    "models": "list the local models with source and licence, or fetch them",
+    "keys": "make, list and change keys of the store, through the admin API",
+    "limits": "tell a store that has lost its data what budgets had spent",
+    "cost": "say what was spent, by whom, where and what for",
+    "ledger": "verify, seed, prune and export the ledger, compare it with an invoice",
+}
+"""The commands with a module of their own in `gateway/tools/`."""
+
 
 def main(arguments: list[str] | None = None) -> int:
     """Run one command; return its exit status."""
-    options = _parser().parse_args(arguments)
+    words = sys.argv[1:] if arguments is None else arguments
+    options = _parser(next(iter(words), None)).parse_args(words)
     run: Callable[[argparse.Namespace], int] = options.run
     try:
         return run(options)
@@ -45,7 +56,8 @@ def main(arguments: list[str] | None = None) -> int:
         return 130
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser(asked: str | None) -> argparse.ArgumentParser:
+    """Return what can be typed; in full of the command that was `asked`."""
     parser = argparse.ArgumentParser(
         prog="tierway",
         description="One OpenAI endpoint over models of several sizes: the cheapest that is confident enough answers.",
@@ -74,28 +86,14 @@ def _parser() -> argparse.ArgumentParser:
     keygen = _command(commands, "keygen", _keygen, "make an API key; only its digest goes into the file", config=False)
     keygen.add_argument("--name", default="new-key", help="what logs and Decisions will call it (default: new-key)")
     _command(commands, "doctor", _doctor, "look at packages, versions, the port and the backends")
-    models = commands.add_parser("models", help="list the local models with source and licence, or fetch them")
-    from gateway.tools import models as models_tool  # noqa: PLC0415 - every command loads its own tool
-
-    models_tool.add_arguments(models)
-    models.set_defaults(run=models_tool.run)
-    keys = commands.add_parser("keys", help="make, list and change keys of the store, through the admin API")
-    from gateway.tools import keys as keys_tool  # noqa: PLC0415 - as above
-
-    keys_tool.add_arguments(keys)
-    keys.set_defaults(run=keys_tool.run)
-    limits = commands.add_parser("limits", help="tell a store that has lost its data what budgets had spent")
-    from gateway.tools import limits as limits_tool  # noqa: PLC0415 - as above
-
-    limits_tool.add_arguments(limits)
-    cost = commands.add_parser("cost", help="say what was spent, by whom, where and what for")
-    from gateway.tools import cost as cost_tool  # noqa: PLC0415 - as above
-
-    cost_tool.add_arguments(cost)
-    ledger = commands.add_parser("ledger", help="verify, seed, prune and export the ledger, compare it with an invoice")
-    from gateway.tools import ledger as ledger_tool  # noqa: PLC0415 - as above
-
-    ledger_tool.add_arguments(ledger)
+    for name, what in _TOOLS.items():
+        tool = commands.add_parser(name, help=what)
+        if asked == name:
+            # Every command loads its own tool, and nobody else's.
+            module = import_module(f"gateway.tools.{name}")
+            module.add_arguments(tool)
+            if hasattr(module, "run"):
+                tool.set_defaults(run=module.run)
     return parser
 
 
