@@ -47,7 +47,7 @@ SUMMED = (
     "baseline_nusd",
 )
 _OF_CALLS = SUMMED[2:10]
-_GROUPED_FIRST = ("tier", "key_name", "team", "route")
+_GROUPED_FIRST = ("key_name", "team", "route")
 _ANSWERED = "CASE WHEN outcome = 'answered' THEN 1 ELSE 0 END"
 _FAILED = "CASE WHEN outcome IN ('broken', 'exhausted', 'lost') THEN 1 ELSE 0 END"
 _OF_ADJUSTMENTS: frozenset[Dimension] = frozenset(("key", "team", "route", "tier", "backend"))
@@ -150,7 +150,7 @@ def adjustments(
     condition, values = _where(span, filters, "j.", joined="e.")
     number = bucket_number(bucket, span, "j.")
     lost = "CASE WHEN j.shown = 0 THEN j.change_nusd ELSE 0 END"
-    if joins or "at_ms" in number or not set(dimensions) <= {"tier", "key", "team", "route"}:
+    if joins or "at_ms" in number or not set(dimensions) <= {"key", "team", "route"}:
         return Statement(
             f"SELECT {_list(number, *columns)}, SUM(j.change_nusd), SUM({lost}) FROM adjustments j {joins} "
             f"WHERE {condition} GROUP BY {_places(1 + len(columns))}",

@@ -49,7 +49,7 @@ CREATE TABLE exchanges (
 CREATE INDEX exchanges_settled ON exchanges (settled_ms);
 -- All that the usual reports read, in the order in which they group it: nothing is sorted, no row is fetched.
 CREATE INDEX exchanges_reported ON exchanges (
-    at_hour, tier, key_name, team, route, outcome, calls, estimated, prompt_tokens, cached_prompt_tokens,
+    at_hour, key_name, team, route, tier, outcome, calls, estimated, prompt_tokens, cached_prompt_tokens,
     completion_tokens, reasoning_tokens, input_nusd, cached_input_nusd, output_nusd, gpu_nusd, wasted_nusd,
     baseline_nusd
 );
@@ -189,7 +189,7 @@ CREATE TABLE adjustments (
     PRIMARY KEY (exchange_id, number, hour, revision)
 );
 CREATE INDEX adjustments_reported ON adjustments (
-    at_hour, tier, key_name, team, route, shown, backend, change_nusd
+    at_hour, key_name, team, route, tier, shown, backend, change_nusd
 );
 CREATE INDEX adjustments_of_hours ON adjustments (backend, hour);
 
