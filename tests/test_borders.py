@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,6 +12,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 OURS = {"gateway", "backends", "policies", "routing"}
+OPTIONAL = ("litellm", "matplotlib", "numpy", "psycopg", "pyarrow", "tokenizers", "vllm", "xllamacpp")
 
 
 def imported(source: str) -> Iterator[str]:
@@ -48,3 +51,16 @@ def test_the_product_does_not_know_its_tests() -> None:
     for package in sorted(OURS):
         for file in (ROOT / package).glob("**/*.py"):
             assert not {"tests", "loadtests", "pytest"} & set(imported(file.read_text())), file
+
+
+def test_what_is_optional_is_missed_by_nobody_who_does_not_ask_for_it() -> None:
+    tools = [f"gateway.tools.{path.stem}" for path in sorted((ROOT / "gateway" / "tools").glob("[a-z]*.py"))]
+    program = f"""
+import importlib, sys
+for name in {OPTIONAL!r}:
+    sys.modules[name] = None
+for name in {["gateway.cli", "gateway.serve", "gateway.app", *tools]!r}:
+    importlib.import_module(name)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, check=False, cwd=ROOT, text=True)
+    assert done.returncode == 0, done.stderr

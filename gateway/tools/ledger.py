@@ -21,11 +21,9 @@ from gateway.config.secrets import resolve_all
 from gateway.ledger.contract import LedgerDown, Store
 from gateway.ledger.invoice import Comparison, InvoiceError, Matter, Sums, compare, read_invoice
 from gateway.ledger.opening import open_store
-from gateway.ledger.postgres import PostgresStore
 from gateway.ledger.report_forms import NoParquet
 from gateway.ledger.retention import export, prune
 from gateway.ledger.spent import Spending
-from gateway.ledger.sqlite import SqliteStore
 from gateway.ledger.verify import Finding, verify
 from gateway.metrics import Metrics
 from gateway.reseeding import Reseeder
@@ -235,8 +233,6 @@ def _prune(options: argparse.Namespace, loaded: Loaded) -> int:
         before_ms = None if settings.keep_for is None else now_ms - int(settings.keep_for * 1000)
         inputs_before_ms = now_ms - int(settings.decision_inputs.keep_for * 1000)
     store = open_store(loaded)
-    if not isinstance(store, SqliteStore | PostgresStore):
-        raise LedgerDown("Nothing can be deleted from this ledger.")
     try:
         gone = prune(store, before_ms=before_ms, inputs_before_ms=inputs_before_ms, now_ms=now_ms)
     finally:
