@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping
+from math import ceil
 from typing import Any
 
 import msgspec
@@ -56,7 +57,9 @@ class Usage:
 
     async def answer(self, request: Request, caller: Caller) -> Response:
         """Answer a caller that was recognised. Raises `Refusal`."""
-        asked = asked_of(request.query_params, request.query_params.getlist, now_s=int(self._now()))
+        # Up to now means with the second that is not over yet.
+        now_s = ceil(self._now())
+        asked = asked_of(request.query_params, request.query_params.getlist, now_s=now_s)
         try:
             content = await self._desk.ask(lambda: self._page(asked, caller.key))
         except (LedgerDown, TimeoutError):
