@@ -179,11 +179,14 @@ class _Books:
 
     def _start_work(self, members: Mapping[str, Member]) -> None:
         work: list[Coroutine[Any, Any, None]] = [self._watch()]
-        if self._by_the_hour():
+        by_the_hour = self._by_the_hour()
+        if by_the_hour:
             on_requests = self._settings.idle == "requests"
             work.append(Trailing(self._reader(), self._pricing, idle_on_requests=on_requests).keep_pricing())
             if self._first:
-                counting = {name: one.backend for name, one in members.items() if isinstance(one.backend, Counting)}
+                counting = {
+                    name: backend for name in by_the_hour if isinstance(backend := members[name].backend, Counting)
+                }
                 work.append(Meters(counting, self._append, instance=self._instance).keep_watching())
                 work.append(self._close_hours(idle_on_requests=on_requests))
         if self._first:
@@ -216,12 +219,17 @@ class _Books:
         longest_s = max(0.0 if isinstance(one, noun.ScriptedBackend) else one.timeouts.total for one in backends)
         return longest_s + self._settings.lease + _LATE_S
 
-    def _by_the_hour(self) -> bool:
-        """Whether any server costs by the hour, now or later."""
+    def _by_the_hour(self) -> frozenset[str]:
+        """Return the backends that cost by the hour, now or later."""
         config = self._loaded.config
-        priced = [*config.tiers, *config.backends.values()]
-        prices = [price for one in priced for price in (one.price, *(later.price for later in one.later_prices))]
-        return any(price is not None and price.gpu is not None for price in prices)
+
+        def costs(priced: noun.Tier | noun.AnyBackend) -> bool:
+            prices = (priced.price, *(later.price for later in priced.later_prices))
+            return any(price is not None and price.gpu is not None for price in prices)
+
+        return frozenset(
+            name for tier in config.tiers for name in tier.backends if costs(tier) or costs(config.backends[name])
+        )
 
     def _append(self, rows: Sequence[AnyRow]) -> None:
         """Write rows that nobody waits for."""

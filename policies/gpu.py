@@ -174,7 +174,7 @@ def split_hour(
     if not any(units):
         idle_nusd, nusd = hour_nusd, units
     else:
-        nusd = divided(hour_nusd - idle_nusd, units)
+        nusd = apportioned(hour_nusd - idle_nusd, units)
     return Split(
         shares=tuple(Share(run.id, share) for run, share in zip(runs, nusd[:-1], strict=True)),
         idle_nusd=idle_nusd,
@@ -209,7 +209,7 @@ def work(prompt_tokens: int, completion_tokens: int, decode_weight: int) -> int:
     return PROMPT_WEIGHT * prompt_tokens + decode_weight * completion_tokens
 
 
-def divided(amount: int, weights: Sequence[int]) -> list[int]:
+def apportioned(amount: int, weights: Sequence[int]) -> list[int]:
     """Divide an amount by weights, the last units to the largest remainders, of equal ones to the first.
 
     The parts add up to the amount. Weights are not negative, and one of them is not 0.

@@ -20,7 +20,7 @@ import msgspec
 from gateway.ledger.contract import Reading
 from gateway.ledger.rows import ClosingRow
 from policies.cost import usd
-from policies.gpu import divided
+from policies.gpu import apportioned
 
 _HOUR_S = 3600
 _SAMPLE = re.compile(
@@ -136,7 +136,7 @@ def _costs(reading: Reading, closing: ClosingRow, idle: str) -> Iterator[CustomC
 
 
 def _by_share(amount: int, shares: Iterable[int]) -> list[int]:
-    return divided(amount, list(shares))
+    return apportioned(amount, list(shares))
 
 
 def _cost(closing: ClosingRow, kind: Literal["share", "outside", "idle"], team: str, nusd: int) -> CustomCost:

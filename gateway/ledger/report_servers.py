@@ -10,7 +10,7 @@ from gateway.ledger import report_sql as sql
 from gateway.ledger.contract import Reading, Value
 from gateway.ledger.report_query import HOUR_MS, Query, bucket_of, spans_of
 from gateway.ledger.report_sql import Names, integer, names_of
-from policies.gpu import divided
+from policies.gpu import apportioned
 
 Closings = dict[tuple[str, int], tuple[Value, ...]]
 """The last closing of each hour of each server: a row of `report_sql.closings`."""
@@ -76,7 +76,7 @@ def divided_idle(reading: Reading, query: Query, last: Closings) -> Iterator[tup
         some = sorted(workers.get(server_hour, ()), key=lambda one: tuple(name or "" for name in one[0]))
         if some:
             number = _bucket(query, server_hour[1] * HOUR_MS)
-            parts = divided(integer(row[6]), [share for _, share in some])
+            parts = apportioned(integer(row[6]), [share for _, share in some])
             yield from ((number, names, nusd) for (names, _), nusd in zip(some, parts, strict=True))
 
 

@@ -18,8 +18,8 @@ from policies.gpu import (
     Span,
     Split,
     apart,
+    apportioned,
     changes,
-    divided,
     joined,
     split_hour,
 )
@@ -229,12 +229,12 @@ def test_chosen_parts_never_overlap(parts: list[Part]) -> None:
 
 @given(st.integers(0, 10**15), st.lists(st.integers(0, 10**12), min_size=1).filter(any))
 def test_what_is_divided_is_not_lost_and_not_more_than_a_unit_off(amount: int, weights: list[int]) -> None:
-    parts = divided(amount, weights)
+    parts = apportioned(amount, weights)
     assert sum(parts) == amount
     for got, weight in zip(parts, weights, strict=True):
         assert abs(got * sum(weights) - amount * weight) < sum(weights)
 
 
 def test_of_equal_remainders_the_first_are_rounded_up() -> None:
-    assert divided(5, [1, 1, 1]) == [2, 2, 1]
-    assert divided(2, [1, 0, 1, 1]) == [1, 0, 1, 0]
+    assert apportioned(5, [1, 1, 1]) == [2, 2, 1]
+    assert apportioned(2, [1, 0, 1, 1]) == [1, 0, 1, 0]
